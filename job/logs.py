@@ -1,0 +1,36 @@
+"""Logging by structlog: a console for people on a TTY, JSON lines everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+
+
+def configure(*, copy_to: Path | None = None, stream: TextIO = sys.stderr) -> None:
+    """Send events to ``stream``, and as JSON lines to ``copy_to`` as well (for the store)."""
+    copy = copy_to.open("a", encoding="utf-8", buffering=1) if copy_to else None
+    for noisy in ("httpx", "botocore", "urllib3", "transformers", "trl", "datasets", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    as_json = structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
+    as_text = structlog.dev.ConsoleRenderer(colors=True) if stream.isatty() else as_json
+
+    def write(logger: Any, method: str, event: dict[str, Any]) -> str:
+        if copy is not None:
+            copy.write(str(as_json(logger, method, dict(event))) + "\n")
+        return str(as_text(logger, method, event))
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            write,
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,
+    )
