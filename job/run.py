@@ -1,0 +1,188 @@
+"""An attempt's life: take the run, go through the pipeline, and say in one object how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job import logs
+from job.artifacts import Receipt
+from job.config import JobConfig, load_job
+from job.context import Context
+from job.ending import Ending, write_termination_message
+from job.errors import ExitCode, JobError
+from job.progress import Progress
+from job.shipping import shipped_log
+from job.stop import Stop, install_signals, preempted
+from job.store import open_store
+from job.store.base import Store
+from job.store.probe import require_conditions
+from job.store.runs import Attempt, take
+from job.watchdog import watched
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where an attempt runs; none of it changes what comes out."""
+
+    work: Path
+    """Folder for all runs' local files."""
+    cache: Path | None = None
+    run_id: str | None = None
+    """The Job's name in a cluster; by itself the job file's own name and digest."""
+    owner: str | None = None
+    """The Job's uid in a cluster; by itself whoever holds the lock on the work folder."""
+
+
+def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
+    """Run one attempt of ``job_path`` to its end, and return the exit code and the Receipt.
+
+    Nothing but a bug is raised: every JobError becomes its code, is logged in one line, and is
+    written to the store (if the run was taken) and to the termination message.
+    """
+    stop, progress = Stop(), Progress()
+    install_signals(stop)
+    ending = Ending(run_id=where.run_id or job_path.stem, began=time.time())
+    logs.configure()
+    receipt: Receipt | None = None
+    with ending.recorded(progress):
+        job = load_job(job_path)
+        ending.run_id = where.run_id or job.run_name
+        structlog.contextvars.bind_contextvars(run_id=ending.run_id)
+        receipt = _attempt(job, job_path.read_bytes(), where, ending, stop, progress)
+        ending.receipt = receipt
+    write_termination_message(ending.record)
+    log.info("run_finished", **ending.summary())
+    return ending.code, receipt
+
+
+def _attempt(
+    job: JobConfig, text: bytes, where: Where, ending: Ending, stop: Stop, progress: Progress
+) -> Receipt:
+    _require_device(job)
+    work = where.work.resolve() / ending.run_id
+    store = open_store(job.store, stop=stop, single_writer=job.single_writer)
+    with _locked(work) as local_owner:
+        require_conditions(store, single_writer=job.single_writer)
+        attempt = take(
+            store,
+            ending.run_id,
+            owner=where.owner or local_owner,
+            job_text=text,
+            stop=stop,
+            progress=progress,
+        )
+        ending.attempt = attempt
+        structlog.contextvars.bind_contextvars(epoch=attempt.epoch)
+        context = Context(
+            job=job, work=work, cache=where.cache, attempt=attempt, stop=stop, progress=progress
+        )
+        with shipped_log(attempt, work), watched(context, ending):
+            return _published(context, store) or _pipeline(context)
+
+
+def _published(context: Context, store: Store) -> Receipt | None:
+    """Return the Receipt of a run that is published already, once its bytes are verified again."""
+    from job.store.versions import verify
+
+    receipt = context.attempt.receipt()
+    if receipt is None:
+        return None
+    with context.stage("verify"):
+        verify(store, receipt.name, receipt.version, stop=context.stop)
+    log.info("run_reused", reason="published already, and read back again", uri=receipt.uri)
+    return receipt
+
+
+def _pipeline(context: Context) -> Receipt:
+    from job import pipeline, report
+
+    try:
+        return pipeline.run(context)
+    finally:
+        with contextlib.suppress(Exception):
+            # The report is a courtesy: it must neither hide an error nor make one.
+            context.attempt.put("report.html", report.render(context).encode())
+
+
+def _require_device(job: JobConfig) -> None:
+    if job.device == "cuda":
+        from job.train.model import require_device
+
+        require_device(job.device)
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[str]:
+    """Hold a run's work folder, and yield the owner's name that goes with it.
+
+    Raises:
+        JobError: 73 if another process on this machine holds it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / ".owner", "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise JobError(
+                ExitCode.TAKEN,
+                str(work),
+                "another process works on this run",
+                "wait for it, or end it",
+            ) from None
+        handle.seek(0)
+        owner = handle.read().strip()
+        if not owner:
+            owner = f"local-{secrets.token_hex(8)}"
+            handle.write(owner)
+            handle.flush()
+            os.fsync(handle.fileno())
+        yield owner
+
+
+def explain(error: BaseException) -> JobError | None:
+    """Return what an exception means to a user, or None if it is a bug.
+
+    The file system's own refusals are a user's to mend wherever they come from.
+    """
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return preempted("SIGINT")
+    if isinstance(error, MemoryError):
+        return JobError(
+            ExitCode.OUT_OF_RESOURCES, "run", "out of memory", "give it more memory, or batch_size less"
+        )
+    return _explain_os_error(error) if isinstance(error, OSError) else None
+
+
+def _explain_os_error(error: OSError) -> JobError | None:
+    named = str(error.filename or "a file")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return JobError(
+            ExitCode.OUT_OF_RESOURCES, named, "the disk is full", "free some space, or use --work"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return JobError(
+            ExitCode.NOT_ALLOWED, named, "may not be written or read", "grant it, or use --work"
+        )
+    return None
+
+
+def describe(receipt: Receipt) -> dict[str, Any]:
+    """Return a Receipt as the JSON that programs read."""
+    return receipt.model_dump(mode="json")

@@ -1,0 +1,62 @@
+"""A training that makes no step for too long hangs: say so and end with 69.
+
+Python can't interrupt a thread that is stuck in a driver or a collective, so the process ends
+itself, after its last words: before any liveness probe would kill it without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import structlog
+
+from job.ending import Ending, write_termination_message
+from job.errors import ExitCode, JobError
+
+if TYPE_CHECKING:
+    from job.context import Context
+
+log = structlog.get_logger()
+
+
+@contextlib.contextmanager
+def watched(
+    context: Context, ending: Ending, *, leave: Callable[[int], object] = os._exit
+) -> Iterator[None]:
+    """Watch the training's beat while the block runs; ``leave(69)`` when it stops."""
+    timeout_s = context.job.train.step_timeout_s
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, timeout_s / 4)):
+            silent_s = time.monotonic() - context.progress.last_beat
+            if context.progress.snapshot()["stage"] == "train" and silent_s > timeout_s:
+                _last_words(context, ending, silent_s)
+                leave(int(ExitCode.HARDWARE))
+                return
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _last_words(context: Context, ending: Ending, silent_s: float) -> None:
+    error = JobError(
+        ExitCode.HARDWARE,
+        "train",
+        f"no step for {silent_s:.0f} s (train.step_timeout_s)",
+        "look at the GPU and its driver; the next attempt goes on from the last checkpoint",
+    )
+    log.error("run_finished", code=int(error.code), said=str(error))
+    ending.code = int(error.code)
+    ending.close(error, context.progress)
+    write_termination_message(ending.record)
