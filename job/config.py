@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 def _known_source(value: str) -> str:
-    if "://" in value.split("@")[0] or value.startswith("package:"):
+    if "://" in value.split("@", maxsplit=1)[0] or value.startswith("package:"):
         if not SOURCE_PATTERN.match(value):
             raise ValueError(
                 "must be hf://owner/repo[@revision], s3://bucket/key, package:name/file or a path"
@@ -225,7 +225,9 @@ class HubSection(Section):
     @model_validator(mode="after")
     def _two_repositories(self) -> HubSection:
         if self.adapter is not None and self.adapter == self.merged:
-            raise ValueError("adapter and merged need two repositories: a root with both loads wrong")
+            raise ValueError(
+                "adapter and merged need two repositories: a root with both loads wrong"
+            )
         return self
 
 
@@ -350,7 +352,9 @@ def parse(text: str, kind: type[T], *, where: str) -> T:
 
 def _explain(fault: Any, kind: type[BaseModel]) -> str:
     """Return one of pydantic's errors as *field: what; do this*."""
-    path = [str(part) for part in fault["loc"] if not str(part).startswith(("function-", "literal["))]
+    path = [
+        str(part) for part in fault["loc"] if not str(part).startswith(("function-", "literal["))
+    ]
     field = ".".join(path) or "the file"
     if fault["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
@@ -373,7 +377,9 @@ def _fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
     """Return the field names of the section that ``path`` leads to."""
     for part in path:
         field = kind.model_fields.get(part)
-        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        options = (
+            [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        )
         inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if not inner:
             return []

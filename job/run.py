@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import structlog
+import yaml
 
 from job import logs
 from job.artifacts import Receipt
@@ -27,7 +27,7 @@ from job.stop import Stop, install_signals, preempted
 from job.store import open_store
 from job.store.base import Store
 from job.store.probe import require_conditions
-from job.store.runs import Attempt, take
+from job.store.runs import take
 from job.watchdog import watched
 
 log = structlog.get_logger()
@@ -61,7 +61,7 @@ def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
         job = load_job(job_path)
         ending.run_id = where.run_id or job.run_name
         structlog.contextvars.bind_contextvars(run_id=ending.run_id)
-        receipt = _attempt(job, job_path.read_bytes(), where, ending, stop, progress)
+        receipt = _attempt(job, where, ending, stop, progress)
         ending.receipt = receipt
     write_termination_message(ending.record)
     log.info("run_finished", **ending.summary())
@@ -69,7 +69,7 @@ def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
 
 
 def _attempt(
-    job: JobConfig, text: bytes, where: Where, ending: Ending, stop: Stop, progress: Progress
+    job: JobConfig, where: Where, ending: Ending, stop: Stop, progress: Progress
 ) -> Receipt:
     _require_device(job)
     work = where.work.resolve() / ending.run_id
@@ -80,7 +80,7 @@ def _attempt(
             store,
             ending.run_id,
             owner=where.owner or local_owner,
-            job_text=text,
+            job_text=_resolved(job),
             stop=stop,
             progress=progress,
         )
@@ -115,6 +115,12 @@ def _pipeline(context: Context) -> Receipt:
         with contextlib.suppress(Exception):
             # The report is a courtesy: it must neither hide an error nor make one.
             context.attempt.put("report.html", report.render(context).encode())
+
+
+def _resolved(job: JobConfig) -> bytes:
+    """Return the job file with every default spelt out, as it is saved with the run."""
+    settings = job.model_dump(mode="json")
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
 
 
 def _require_device(job: JobConfig) -> None:
@@ -165,7 +171,10 @@ def explain(error: BaseException) -> JobError | None:
         return preempted("SIGINT")
     if isinstance(error, MemoryError):
         return JobError(
-            ExitCode.OUT_OF_RESOURCES, "run", "out of memory", "give it more memory, or batch_size less"
+            ExitCode.OUT_OF_RESOURCES,
+            "run",
+            "out of memory",
+            "give it more memory, or batch_size less",
         )
     return _explain_os_error(error) if isinstance(error, OSError) else None
 
@@ -182,7 +191,3 @@ def _explain_os_error(error: OSError) -> JobError | None:
         )
     return None
 
-
-def describe(receipt: Receipt) -> dict[str, Any]:
-    """Return a Receipt as the JSON that programs read."""
-    return receipt.model_dump(mode="json")

@@ -56,7 +56,7 @@ def preempted(signal_name: str) -> JobError:
 def install_signals(stop: Stop) -> None:
     """Make SIGTERM, SIGINT and SIGHUP ask ``stop`` for the end; a second SIGINT kills at once."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.requested:
             raise KeyboardInterrupt
         stop.request(preempted(signal.Signals(number).name))

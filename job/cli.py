@@ -1,0 +1,256 @@
+"""The verbs that need no cluster. Flags say where; what is trained stands in the job file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from job.errors import ExitCode, JobError
+
+EXTRAS = {
+    "boto3": "store",
+    "botocore": "store",
+    "huggingface_hub": "store",
+    "transformers": "check",
+    "pyarrow": "check",
+    "jinja2": "check",
+    "torch": "train",
+    "trl": "train",
+    "peft": "train",
+    "datasets": "train",
+    "accelerate": "train",
+    "safetensors": "train",
+    "gguf": "train",
+    "kubernetes": "k8s",
+    "rich": "k8s",
+    "cronsim": "k8s",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is 64, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and leave with 64."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(int(ExitCode.USAGE))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m job``: the verbs of this package."""
+    parser = Parser(prog="python -m job", description="Train, prove and publish a LoRA adapter.")
+    add_parsers(parser.add_subparsers(dest="verb", required=True, metavar="VERB"))
+    return dispatch(parser, argv)
+
+
+def dispatch(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Parse ``argv``, call the verb, and turn a JobError or a missing extra into its code."""
+    arguments = parser.parse_args(argv)
+    verb: Callable[[argparse.Namespace], int] = arguments.call
+    try:
+        return verb(arguments)
+    except JobError as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        return _say(JobError(ExitCode.PREEMPTED, arguments.verb, "interrupted", "start it again"))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as missing:
+        extra = EXTRAS.get((missing.name or "").split(".")[0])
+        if extra is None:
+            raise
+        do = f"install it: pip install 'lora-job[{extra}]'"
+        return _say(JobError(ExitCode.USAGE, arguments.verb, f"needs {missing.name}", do))
+    except OSError as error:
+        from job.run import explain
+
+        explained = explain(error)
+        if explained is None:
+            raise
+        return _say(explained)
+
+
+def add_parsers(verbs: Any) -> None:
+    """Add a subparser for each verb of ``job``."""
+    check = _verb(verbs, "check", _check, "what would run: data, masks, memory, disk; no GPU")
+    check.add_argument("job", type=Path, metavar="JOB.yaml")
+    _output(check)
+
+    run = _verb(verbs, "run", _run, "the whole pipeline, here")
+    run.add_argument("job", type=Path, metavar="JOB.yaml")
+    run.add_argument("--work", type=Path, default=Path("work"), help="folder for local files")
+    run.add_argument("--cache-dir", type=Path, help="folder for base weights, kept between runs")
+    run.add_argument("--run-id", help="go on with this run (in a cluster: the Job's name)")
+    _output(run)
+
+    merge = _verb(verbs, "merge", _merge, "the merge and its proof alone; needs no GPU")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
+    merge.add_argument("base", type=Path, metavar="BASE")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument(
+        "--format", default="base", choices=["base", "fp32", "bf16", "mxfp4-preserve"]
+    )
+    _output(merge)
+
+    _add_generate(verbs)
+
+    fetch = _verb(verbs, "fetch", _fetch, "a verified, resumable download of a version")
+    fetch.add_argument("version", metavar="STORE/NAME[@channel|@version]")
+    fetch.add_argument("folder", type=Path, metavar="DIR")
+    _output(fetch)
+
+    versions = _verb(verbs, "versions", _versions, "what is published, and which channel is where")
+    versions.add_argument("name", metavar="STORE/NAME")
+    versions.add_argument(
+        "--prune", type=int, metavar="KEEP", help="delete all but the newest KEEP"
+    )
+    _output(versions)
+
+    storage = verbs.add_parser("storage", help="look at a store")
+    actions = storage.add_subparsers(dest="action", required=True, metavar="ACTION")
+    probe = _verb(actions, "probe", _probe, "can this store hold our promises?")
+    probe.add_argument("store", metavar="STORE")
+    _output(probe)
+
+
+def _add_generate(verbs: Any) -> None:
+    generate = _verb(verbs, "generate", _generate, "ask a model something")
+    generate.add_argument("model", metavar="MODEL", help="a folder, or a source such as hf://…")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question")
+    generate.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
+    generate.add_argument("--prompts", type=Path, help="a file: one question a line, or jsonl")
+    generate.add_argument("--reasoning-language", metavar="X", help="think in this language")
+    generate.add_argument("--system", help="the system (developer) text")
+    generate.add_argument("--max-new-tokens", type=int, default=512)
+    generate.add_argument("--temperature", type=float, default=0.6)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    _output(generate)
+
+
+def _verb(verbs: Any, name: str, call: Callable[[argparse.Namespace], int], text: str) -> Any:
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(call=call, verb=name)
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", choices=["text", "json"], default="text", help="on stdout")
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _say(error: JobError) -> int:
+    print(f"lora-job: {error}", file=sys.stderr)
+    return int(error.code)
+
+
+def _stop() -> Any:
+    """Return a stop that signals request, with logging set up: what every verb begins with."""
+    from job import logs
+    from job.stop import Stop, install_signals
+
+    logs.configure()
+    stop = Stop()
+    install_signals(stop)
+    return stop
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from job.check import check, print_report
+    from job.config import load_job
+
+    report = check(load_job(arguments.job), stop=_stop())
+    _print(report) if arguments.output == "json" else print_report(report, sys.stdout)
+    return int(report.get("code", 0))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from job.run import Where, run
+    from job.summary import print_summary
+
+    environment = os.environ
+    where = Where(
+        work=arguments.work,
+        cache=arguments.cache_dir,
+        run_id=arguments.run_id or environment.get("LORA_JOB_RUN_ID"),
+        owner=environment.get("LORA_JOB_OWNER"),
+    )
+    code, receipt = run(arguments.job, where)
+    if receipt is not None and arguments.output == "json":
+        _print(receipt.model_dump(mode="json"))
+    elif receipt is not None:
+        print_summary(receipt, where.work, sys.stdout)
+    return code
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from job.merge.stage import merge_folders
+
+    stop = _stop()
+    report = merge_folders(
+        arguments.adapter, arguments.base, arguments.out, arguments.format, stop=stop
+    )
+    if arguments.output == "json":
+        _print(report)
+    else:
+        print(f"merged and proven: {arguments.out} (the proof: {arguments.out}/merge_report.json)")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from job.generate import generate, print_answers, read_prompts
+
+    stop = _stop()
+    answers = generate(
+        arguments.model,
+        adapter=arguments.adapter,
+        prompts=read_prompts(arguments.prompt, arguments.prompts),
+        reasoning_language=arguments.reasoning_language,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        device=arguments.device,
+        stop=stop,
+    )
+    if arguments.output == "json":
+        _print([answer.model_dump(mode="json") for answer in answers])
+    else:
+        print_answers(answers, sys.stdout)
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from job.fetch import fetch
+
+    report = fetch(arguments.version, arguments.folder, stop=_stop())
+    if arguments.output == "json":
+        _print(report)
+    else:
+        print(f"{report['version']}: fetched and verified, in {arguments.folder}")
+    return 0
+
+
+def _versions(arguments: argparse.Namespace) -> int:
+    from job.store.show import list_or_prune, print_versions
+
+    report = list_or_prune(arguments.name, keep=arguments.prune, stop=_stop())
+    _print(report) if arguments.output == "json" else print_versions(report, sys.stdout)
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from job.store.show import print_findings, probe_store
+
+    report = probe_store(arguments.store, stop=_stop())
+    _print(report) if arguments.output == "json" else print_findings(report, sys.stdout)
+    return int(report["code"])
