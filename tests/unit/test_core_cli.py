@@ -1,0 +1,110 @@
+"""The command line: fast, honest about what is missing, and the same for everybody."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.cli import EXTRAS
+from job.ending import MESSAGE_BYTES, fit
+from job.errors import TABLE, ExitCode
+from k8s import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*words: str, code: str | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *(["-c", code] if code else []), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """``--help`` answers without a training library, a client, or even pydantic."""
+    code = (
+        "import sys, contextlib\n"
+        "from k8s import cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'boto3', 'kubernetes', 'pydantic', 'pyarrow', 'rich'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = python(code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "submit" in done.stdout
+    assert "generate" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["run"], ["run", "a.yaml", "--rank", "8"], []])
+def test_a_wrong_command_line_is_64_in_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No usage dump, no traceback; and no flag for a hyperparameter."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert left.value.code == int(ExitCode.USAGE)
+    assert len(said.splitlines()) == 1
+    assert "--help" in said
+
+
+def test_a_missing_job_file_is_66_in_one_line() -> None:
+    """A user's mistake is a line, not a traceback."""
+    done = python("-m", "job", "check", "nowhere.yaml")
+    assert done.returncode == int(ExitCode.NOT_FOUND)
+    assert done.stderr == "lora-job: nowhere.yaml: No such file or directory; name a job file\n"
+
+
+def test_a_verb_without_its_extra_prints_the_install_line() -> None:
+    """What is not installed is named with the extra that brings it."""
+    code = (
+        "import sys; sys.modules['boto3'] = None\n"
+        "from k8s import cli\n"
+        "sys.exit(cli.main(['versions', 's3://bucket/name']))"
+    )
+    done = python(code=code)
+    assert done.returncode == int(ExitCode.USAGE)
+    assert "pip install 'lora-job[store]'" in done.stderr
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    """The install line must work."""
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra in set(EXTRAS.values()):
+        assert re.search(rf"^{extra} = \[", text, re.MULTILINE)
+
+
+def test_readme_prints_the_exit_codes_as_they_are() -> None:
+    """The table in the README is the table in the code."""
+    readme = (ROOT / "README.md").read_text()
+    for code, row in TABLE.items():
+        assert f"| {int(code)} | {row.name} | {row.means} |" in readme
+
+
+def test_the_termination_message_fits_whatever_it_says() -> None:
+    """At most 2,048 bytes of UTF-8, and still JSON, for any error text."""
+    record = {
+        "code": 65,
+        "where": "data.jsonl",
+        "what": "ß漢" * 5000,
+        "do": "\n" * 5000,
+        "receipt": {"uri": "x" * 300},
+    }
+    body = fit(record)
+    assert len(body) <= MESSAGE_BYTES
+    assert json.loads(body)["code"] == 65
+
+
+def test_the_job_half_never_loads_the_cluster_half() -> None:
+    """``job`` runs in a container that has no cluster client."""
+    code = "import sys, job.cli, job.config, job.run; sys.exit('k8s' in sys.modules)"
+    assert python(code=code).returncode == 0
+
+
+def test_the_torch_free_modules_load_no_torch() -> None:
+    """What the submitter takes from ``job`` must not cost it a training stack."""
+    names = "config errors logs artifacts store store.s3 store.folder store.runs store.versions"
+    imports = ", ".join(f"job.{name}" for name in names.split())
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
+    assert python(code=code).returncode == 0
