@@ -1,0 +1,24 @@
+"""Fixtures that many tests share. Servers start on first use, once for each pytest worker."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import servers
+
+
+@pytest.fixture(scope="session")
+def seaweed() -> Iterator[servers.S3Server]:
+    """A real S3 server, shared by all tests of this worker."""
+    with servers.seaweedfs() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_root(seaweed: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store URI that no other test uses; the environment leads boto3 to the server."""
+    for key, value in seaweed.environment().items():
+        monkeypatch.setenv(key, value)
+    return f"s3://{seaweed.bucket}/{uuid.uuid4().hex[:12]}"
