@@ -45,7 +45,10 @@ def test_a_minimal_file_is_enough() -> None:
         ("data: {source: a, held_out: 1.5}", r"data.held_out.*: must be a share"),
         ("data: {source: a, mapping: {prompt: q}}", r"data.mapping: prompt and completion belong"),
         ("data: {source: a, mapping: {}}", r"data.mapping: give exactly one of"),
-        ("publish: {hub: {adapter: a/b, merged: a/b}}", r"publish.hub: adapter and merged need two"),
+        (
+            "publish: {hub: {adapter: a/b, merged: a/b}}",
+            r"publish.hub: adapter and merged need two",
+        ),
         ("merge: {format: none}\npublish: {hub: {merged: a/b}}", r"needs a merge"),
         ("judge: {prompts: [{user: ''}]}", r"judge.prompts.0.user: .*at least 1 character"),
         ("store: gs://bucket", r"store must be s3://"),
