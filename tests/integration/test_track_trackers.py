@@ -83,17 +83,13 @@ def test_tensorboard_event_file_has_every_step(tmp_path: Path) -> None:
     assert events.Scalars("end/final_loss")[0].value == 0.25
 
 
-def test_a_tracker_that_fails_is_named_once_and_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tracker that can't keep anything costs one warning with its reason, and no exception."""
-    (tmp_path / "a-file").touch()
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "a-file" / "trackio"))
+def test_a_tracker_that_fails_is_named_once_and_dropped(tmp_path: Path) -> None:
+    """A tracker that refuses what it is given costs one warning with its reason, no exception."""
     with structlog.testing.capture_logs() as said:
-        _follow(track.make_trackers(_job({"trackio": {}}), "r", tmp_path))
+        _follow(track.make_trackers(_job({"trackio": {"project": "../odd"}}), "r", tmp_path))
     assert [event["event"] for event in said] == ["tracker_dropped"]
     assert said[0]["tracker"] == "trackio"
-    assert "Not a directory" in said[0]["reason"]
+    assert "project" in said[0]["reason"]
 
 
 def test_a_tracker_that_hangs_neither_slows_a_run_nor_outlives_it(
