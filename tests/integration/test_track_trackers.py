@@ -84,12 +84,14 @@ def test_tensorboard_event_file_has_every_step(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_fails_is_named_once_and_dropped(tmp_path: Path) -> None:
-    """A tracker that refuses what it is given costs one warning with its reason, no exception."""
+    """A database that can't be opened costs one warning with its reason, and no exception."""
+    (tmp_path / "a-file").touch()
+    uri = f"sqlite:///{tmp_path}/a-file/mlflow.db"
     with structlog.testing.capture_logs() as said:
-        _follow(track.make_trackers(_job({"trackio": {"project": "../odd"}}), "r", tmp_path))
+        _follow(track.make_trackers(_job({"mlflow": {"tracking_uri": uri}}), "r", tmp_path))
     assert [event["event"] for event in said] == ["tracker_dropped"]
-    assert said[0]["tracker"] == "trackio"
-    assert "project" in said[0]["reason"]
+    assert said[0]["tracker"] == "mlflow"
+    assert "Not a directory" in said[0]["reason"]
 
 
 def test_a_tracker_that_hangs_neither_slows_a_run_nor_outlives_it(
