@@ -91,7 +91,7 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(tmp_path: Path) -> None:
         _follow(track.make_trackers(_job({"mlflow": {"tracking_uri": uri}}), "r", tmp_path))
     assert [event["event"] for event in said] == ["tracker_dropped"]
     assert said[0]["tracker"] == "mlflow"
-    assert "Not a directory" in said[0]["reason"]
+    assert "File exists" in said[0]["reason"]
 
 
 def test_a_tracker_that_hangs_neither_slows_a_run_nor_outlives_it(
