@@ -1,0 +1,273 @@
+"""What the cluster can be asked before it is given work: ok, wrong, or not allowed to look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from job.config import JobConfig
+from job.errors import ExitCode, JobError
+from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.config import ClusterConfig
+from k8s.render import Object
+
+GPU = "nvidia.com/gpu"
+SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "K": 1e3}
+SUFFIXES |= {letter: 1000.0**power for power, letter in enumerate("MGTPE", start=2)}
+SUFFIXES |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check."""
+
+    check: str
+    state: Literal["ok", "warning", "wrong", "not allowed to look"]
+    what: str
+    do: str = ""
+
+
+def quantity(text: str | int | float) -> float:
+    """Return a Kubernetes quantity (``96Gi``, ``500m``) as a number."""
+    found = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)([a-zA-Z]*)", str(text))
+    if found is None or found[2] not in SUFFIXES:
+        raise ValueError(f"{text!r} is no quantity")
+    return float(found[1]) * SUFFIXES[found[2]]
+
+
+def run_checks(
+    cluster: Cluster, settings: ClusterConfig, job: JobConfig, objects: list[Object]
+) -> Iterator[Finding]:
+    """Yield the finding of every check, in the order in which a mend helps."""
+    pod = pod_of(objects)
+    checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
+        ("namespace", "get namespaces", lambda: _namespace(cluster, settings)),
+        ("image", "", lambda: _image(settings)),
+        ("store", "", lambda: _store(job, settings)),
+        ("secrets", "get secrets", lambda: _secrets(cluster, settings)),
+        ("service account", "get serviceaccounts", lambda: _account(cluster, settings)),
+        ("cache", "get persistentvolumeclaims", lambda: _cache(cluster, settings)),
+        ("priority class", "get priorityclasses", lambda: _priority(cluster, settings)),
+        ("queue", "get localqueues", lambda: _queue(cluster, settings)),
+        ("quota", "list resourcequotas", lambda: _quota(cluster, pod)),
+        ("node pool", "list nodes", lambda: _nodes(cluster, pod)),
+        ("dry run", "", lambda: _dry_run(cluster, objects)),
+    ]
+    for name, deed, check in checks:
+        try:
+            yield from check()
+        except ForbiddenError as error:
+            if name == "dry run":
+                raise
+            yield Finding(name, "not allowed to look", f"your Role may not {deed}", error.do)
+
+
+def pod_of(objects: list[Object]) -> Object:
+    """Return the pod's spec in a Job or a CronJob."""
+    item = objects[-1]
+    spec = item["spec"]["jobTemplate"]["spec"] if item["kind"] == "CronJob" else item["spec"]
+    return spec["template"]["spec"]  # type: ignore[no-any-return]
+
+
+def _namespace(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    namespace = cluster.get("Namespace", cluster.namespace)
+    if namespace is None:
+        do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
+        where = f"{cluster.host}: {cluster.namespace}"
+        raise JobError(ExitCode.NOT_FOUND, where, "there is no such namespace", do)
+    labels = namespace["metadata"].get("labels") or {}
+    level = labels.get("pod-security.kubernetes.io/enforce", "privileged")
+    if settings.cache and settings.cache.host_path and level != "privileged":
+        do = "use cache.claim, or a namespace at level privileged"
+        what = f"Pod Security level {level} refuses cache.host_path"
+        yield Finding("namespace", "wrong", what, do)
+    elif level == "restricted":
+        yield Finding("namespace", "ok", f"{cluster.namespace}, Pod Security level {level}")
+    else:
+        do = "label it pod-security.kubernetes.io/enforce=restricted: the job needs no more"
+        what = f"{cluster.namespace} enforces Pod Security level {level}"
+        yield Finding("namespace", "warning", what, do)
+
+
+def _image(settings: ClusterConfig) -> Iterator[Finding]:
+    if settings.has_digest:
+        yield Finding("image", "ok", "named by digest")
+    else:
+        do = "use the …@sha256:… that `make image push` prints"
+        yield Finding("image", "warning", f"{settings.image} has no digest: it may change", do)
+
+
+def _store(job: JobConfig, settings: ClusterConfig) -> Iterator[Finding]:
+    on_claim = settings.cache and settings.cache.claim and job.store.startswith("/cache/")
+    if job.store.startswith("s3://") or on_claim:
+        yield Finding("store", "ok", job.store)
+    else:
+        do = "use s3://bucket/prefix"
+        yield Finding("store", "wrong", f"{job.store} is a folder that dies with its pod", do)
+
+
+def _secrets(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    wanted: dict[str, list[str]] = {}
+    for reference in settings.secrets.values():
+        name, key = reference.split("/")
+        wanted.setdefault(name, []).append(key)
+    for name, keys in wanted.items():
+        yield _secret(cluster, name, keys)
+
+
+def _secret(cluster: Cluster, name: str, keys: list[str]) -> Finding:
+    check = f"secret {name}"
+    try:
+        secret = cluster.get("Secret", name)
+    except ForbiddenError:
+        do = f"see for yourself: kubectl -n {cluster.namespace} describe secret {name}"
+        return Finding(check, "not allowed to look", f"needs keys {', '.join(keys)}", do)
+    literals = " ".join(f"--from-literal={key}=…" for key in keys)
+    create = f"kubectl -n {cluster.namespace} create secret generic {name} {literals}"
+    if secret is None:
+        return Finding(check, "wrong", f"there is no Secret {name}", create)
+    lost = [key for key in keys if key not in (secret.get("data") or {})]
+    if lost:
+        there = ", ".join(sorted(secret.get("data") or {})) or "none"
+        return Finding(check, "wrong", f"has no key {', '.join(lost)} (it has {there})", create)
+    return Finding(check, "ok", f"has {', '.join(keys)}")
+
+
+def _account(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    yield from _exists(cluster, "service account", "ServiceAccount", settings.service_account)
+
+
+def _priority(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    yield from _exists(cluster, "priority class", "PriorityClass", settings.priority_class)
+
+
+def _queue(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    yield from _exists(cluster, "queue", "LocalQueue", settings.queue)
+
+
+def _cache(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
+    claim = settings.cache.claim if settings.cache else None
+    yield from _exists(cluster, "cache", "PersistentVolumeClaim", claim)
+
+
+def _exists(cluster: Cluster, check: str, kind: str, name: str | None) -> Iterator[Finding]:
+    if name is None:
+        return
+    if cluster.get(kind, name) is None:
+        do = f"create it in namespace {cluster.namespace}, or name one that is there"
+        yield Finding(check, "wrong", f"there is no {kind} {name}", do)
+    else:
+        yield Finding(check, "ok", f"{name} is there")
+
+
+def demand(pod: Object) -> dict[str, float]:
+    """Return what a pod asks for, under the names that quotas use too."""
+    resources = pod["containers"][0]["resources"]
+    asked = {key: quantity(value) for key, value in resources.get("requests", {}).items()}
+    named = {f"requests.{key}": value for key, value in asked.items()}
+    limits = {f"limits.{key}": quantity(it) for key, it in resources.get("limits", {}).items()}
+    return {**asked, **named, **limits, "pods": 1.0, "count/jobs.batch": 1.0}
+
+
+def _quota(cluster: Cluster, pod: Object) -> Iterator[Finding]:
+    asked = demand(pod)
+    quotas = cluster.list("ResourceQuota")
+    wrong = False
+    for item in quotas:
+        for key, hard in (item.get("status", {}).get("hard") or {}).items():
+            used = quantity(item["status"].get("used", {}).get(key, "0"))
+            if key not in asked or used + asked[key] <= quantity(hard):
+                continue
+            # More than the whole quota can never run; more than what is left waits.
+            wrong |= asked[key] > quantity(hard)
+            what = (
+                f"{item['metadata']['name']}: {key} is {hard}, used {used:g}, asked {asked[key]:g}"
+            )
+            do = "ask for less in the cluster file, or for more quota"
+            yield Finding("quota", "wrong" if asked[key] > quantity(hard) else "warning", what, do)
+            break
+    if quotas and not wrong:
+        yield Finding("quota", "ok", f"{len(quotas)} seen")
+
+
+def tolerates(tolerations: list[Object], taint: Object) -> bool:
+    """Return whether one of the tolerations answers a taint."""
+    for one in tolerations:
+        if one.get("effect") not in (None, "", taint["effect"]):
+            continue
+        if one.get("operator") == "Exists" and one.get("key") in (None, "", taint["key"]):
+            return True
+        same = one.get("key") == taint["key"] and one.get("value", "") == taint.get("value", "")
+        if same and one.get("operator", "Equal") == "Equal":
+            return True
+    return False
+
+
+def _nodes(cluster: Cluster, pod: Object) -> Iterator[Finding]:
+    selector = pod.get("nodeSelector") or {}
+    label = ",".join(f"{key}={value}" for key, value in selector.items())
+    nodes = cluster.list("Node", **({"labelSelector": label} if label else {}))
+    if not nodes:
+        do = "fine if the pool grows from nothing; else see the labels of your nodes"
+        yield Finding("node pool", "warning", f"no node has {label} now", do)
+        return
+    tainted = [node for node in nodes if _refusing(pod, node)]
+    if len(tainted) == len(nodes):
+        taint = _refusing(pod, nodes[0])
+        assert taint is not None
+        what = f"all {len(nodes)} nodes are tainted {taint['key']}={taint.get('value', '')}"
+        yield Finding("node pool", "wrong", what, "use the platform of this cluster, or untaint")
+        return
+    yield _largest(pod, [node for node in nodes if node not in tainted])
+
+
+def _refusing(pod: Object, node: Object) -> Object | None:
+    for taint in node["spec"].get("taints") or []:
+        passing = taint["effect"] == "PreferNoSchedule" or taint["key"].startswith(
+            "node.kubernetes.io"
+        )
+        if not passing and not tolerates(pod.get("tolerations") or [], taint):
+            return taint  # type: ignore[no-any-return]
+    return None
+
+
+def _largest(pod: Object, nodes: list[Object]) -> Finding:
+    asked = pod["containers"][0]["resources"].get("requests", {})
+    shares = [node["status"].get("allocatable") or {} for node in nodes]
+    fits = [it for it in shares if not _short(asked, it)]
+    if fits:
+        return Finding("node pool", "ok", f"{len(fits)} of {len(nodes)} matching nodes can hold it")
+    key, most = _short(asked, max(shares, key=lambda it: quantity(it.get(GPU, "0"))))[0]
+    what = f"asks for {asked[key]} {key}, the largest matching node has {most}"
+    return Finding(
+        "node pool", "wrong", what, "ask for less in the cluster file, or add larger nodes"
+    )
+
+
+def _short(asked: Object, share: Object) -> list[tuple[str, str]]:
+    return [
+        (key, str(share.get(key, "0")))
+        for key, value in asked.items()
+        if quantity(value) > quantity(share.get(key, "0"))
+    ]
+
+
+def _dry_run(cluster: Cluster, objects: list[Object]) -> Iterator[Finding]:
+    from k8s.cluster import AlreadyExistsError
+
+    warnings: list[str] = []
+    for item in objects:
+        try:
+            warnings += cluster.create(item, dry_run=True).warnings
+        except AlreadyExistsError:
+            continue
+        except NotFoundError as error:
+            raise JobError(
+                ExitCode.NOT_FOUND, str(error), "is not served here", "see its API"
+            ) from error
+    for text in warnings:
+        yield Finding("dry run", "warning", text, "see k8s/manifests")
+    if not warnings:
+        yield Finding("dry run", "ok", "the server accepts every field")

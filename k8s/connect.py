@@ -1,0 +1,89 @@
+"""Finding the cluster: kubeconfig and context, or the pod's own service account."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.errors import ExitCode, JobError
+from k8s.cluster import Cluster
+
+
+def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
+    """Open the cluster of the kubeconfig's context, or the one that this pod runs in.
+
+    Raises:
+        JobError: 66 for no kubeconfig or no such context, 77 for credentials that can't be had.
+    """
+    from kubernetes.client.api_client import ApiClient
+    from kubernetes.client.configuration import Configuration
+    from kubernetes.config.config_exception import ConfigException
+    from kubernetes.config.kube_config import load_kube_config
+
+    configuration = Configuration()
+    paths = _kubeconfigs()
+    try:
+        if paths:
+            _require_context(paths, context)
+            load_kube_config(
+                config_file=os.pathsep.join(map(str, paths)),
+                context=context,
+                client_configuration=configuration,
+                persist_config=False,
+            )
+            namespace = namespace or _namespace_of(paths, context)
+        else:
+            namespace = namespace or _in_cluster(configuration)
+    except (ConfigException, OSError, ValueError) as error:
+        what = f"its credentials can't be had: {' '.join(str(error).split())[:300]}"
+        do = "log in again, or install the credential plugin it names"
+        raise JobError(ExitCode.NOT_ALLOWED, "kubeconfig", what, do) from error
+    return Cluster(ApiClient(configuration), namespace or "lora-job")
+
+
+def _kubeconfigs() -> list[Path]:
+    named = os.environ.get("KUBECONFIG")
+    paths = [Path(it) for it in named.split(os.pathsep)] if named else []
+    paths = paths or [Path.home() / ".kube" / "config"]
+    found = [path for path in paths if path.is_file()]
+    if not found and (named or "KUBERNETES_SERVICE_HOST" not in os.environ):
+        where = named or str(paths[0])
+        do = "get one from your provider (gcloud, aws eks or az aks get-credentials), or set KUBECONFIG"
+        raise JobError(ExitCode.NOT_FOUND, where, "there is no kubeconfig", do)
+    return found
+
+
+def _require_context(paths: list[Path], context: str | None) -> None:
+    contexts, current = [], None
+    for path in paths:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            do = "mend it, or write it anew with your provider's get-credentials"
+            raise JobError(ExitCode.CONFIG, str(path), "is no YAML", do) from error
+        contexts += [it["name"] for it in raw.get("contexts") or []]
+        current = current or raw.get("current-context")
+    if (context or current) not in contexts:
+        what = f"there is no context {context}" if context else "no current context is set"
+        do = f"use one of: {', '.join(contexts) or 'none is there'}"
+        raise JobError(ExitCode.NOT_FOUND, str(paths[0]), what, do)
+
+
+def _namespace_of(paths: list[Path], context: str | None) -> str | None:
+    for path in paths:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for item in raw.get("contexts") or []:
+            if item["name"] == (context or raw.get("current-context")):
+                return item["context"].get("namespace")
+    return None
+
+
+def _in_cluster(configuration: Any) -> str:
+    from kubernetes.config.incluster_config import load_incluster_config
+
+    load_incluster_config(client_configuration=configuration)
+    account = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+    return account.read_text(encoding="utf-8").strip() if account.is_file() else "lora-job"

@@ -1,0 +1,84 @@
+"""What the store remembers of a run: it outlives the pods, and the Job."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from job.errors import ExitCode, JobError
+from job.stop import Stop
+
+T = TypeVar("T")
+
+PATIENCE_S = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A run's objects in the store; empty if it never got so far."""
+
+    head: dict[str, Any] = field(default_factory=dict)
+    exits: tuple[dict[str, Any], ...] = ()
+    """exit.json of the attempts that ended with a word, oldest first."""
+    receipt: dict[str, Any] | None = None
+
+
+def impatient(call: Callable[[Stop], T], *, seconds: float = PATIENCE_S) -> T:
+    """Return ``call(stop)``; after ``seconds`` the stop ends its retries.
+
+    A person who asks for a status does not wait the 20 minutes that a run would.
+    """
+    stop = Stop()
+    do = "see the store's address and whether it can be reached from here"
+    late = JobError(ExitCode.STORE, "store", f"no answer within {seconds:.0f} s", do)
+    timer = threading.Timer(seconds, stop.request, [late])
+    timer.daemon = True
+    timer.start()
+    try:
+        return call(stop)
+    finally:
+        timer.cancel()
+
+
+def read_run(uri: str, run: str, *, single_writer: bool = False) -> Stored:
+    """Return what the store at ``uri`` knows of ``run``.
+
+    Raises:
+        JobError: 74 or 77 if the store can't be read from here.
+    """
+    from job.store import open_store
+
+    def read(stop: Stop) -> Stored:
+        store = open_store(uri, stop=stop, single_writer=single_writer)
+        head = _json(store, f"_runs/{run}/head.json")
+        if head is None:
+            return Stored()
+        epochs = [end["epoch"] for end in head.get("ends", [])]
+        found = (_json(store, f"_runs/{run}/attempts/{epoch}/exit.json") for epoch in epochs)
+        receipt = _json(store, f"_runs/{run}/receipt.json")
+        return Stored(head, tuple(it for it in found if it), receipt)
+
+    return impatient(read)
+
+
+def read_logs(uri: str, run: str) -> list[bytes]:
+    """Return the log lines of all attempts of ``run`` that reached the store, in order."""
+    from job.store import open_store
+
+    def read(stop: Stop) -> list[bytes]:
+        store = open_store(uri, stop=stop)
+        prefix = f"_runs/{run}/attempts/"
+        keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".jsonl")]
+        keys.sort(key=lambda key: (int(key.removeprefix(prefix).split("/")[0]), key))
+        bodies = (store.get(key) for key in keys)
+        return [line for body in bodies if body for line in body.body.splitlines(keepends=True)]
+
+    return impatient(read, seconds=120)
+
+
+def _json(store: Any, key: str) -> dict[str, Any] | None:
+    small = store.get(key)
+    return json.loads(small.body) if small else None
