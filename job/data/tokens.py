@@ -1,0 +1,237 @@
+"""The base's tokenizer, as files and as a function from text to ids.
+
+Needs neither torch nor transformers where there is a tokenizer.json, and that is nearly everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.data.render import SLOT, Rendered
+from job.data.template import Template
+from job.errors import ExitCode, JobError
+
+IGNORED = -100
+"""The label of a token without loss."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example: int32 arrays of one length, labels -100 where there is no loss."""
+
+    ids: Any
+    labels: Any
+
+
+def copy_tokenizer(model: Path, folder: Path, chat_template: str | None) -> None:
+    """Copy the base's tokenizer, byte for byte but for a chat template that replaces its own.
+
+    Raises:
+        JobError: 66 if the model has no tokenizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    if not (folder / "tokenizer.json").exists():
+        _convert(model, folder)
+    if chat_template is None:
+        return
+    (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    settings = _read_json(folder / "tokenizer_config.json")
+    if settings.pop("chat_template", None) is not None:
+        text = json.dumps(settings, ensure_ascii=False, indent=2)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _convert(model: Path, folder: Path) -> None:
+    """Let transformers write the tokenizer.json that a checkpoint lacks."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise JobError(
+            ExitCode.NOT_FOUND,
+            "model.source",
+            f"has no tokenizer that can be read: {words}",
+            "choose a model with a tokenizer.json",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_template(folder: Path, *, started: float) -> Template | None:
+    """Return the chat template of a tokenizer's folder, or None for a base model without one."""
+    settings = _settings(folder)
+    text: Any = settings.get("chat_template")
+    if (folder / TEMPLATE_FILE).exists():
+        text = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    elif text is None:
+        text = _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(text, list):
+        named = {entry["name"]: entry["template"] for entry in text}
+        text = named.get("default")
+    if not text:
+        return None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    variables = {name: _token(settings[name]) for name in names if settings.get(name)}
+    return Template(text, started=started, variables=variables)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    older = _read_json(folder / "special_tokens_map.json")
+    return {**older, **_read_json(folder / "tokenizer_config.json")}
+
+
+def _token(value: Any) -> str:
+    return str(value["content"] if isinstance(value, dict) else value)
+
+
+class Encoder:
+    """From text to ids.
+
+    A segment is encoded by itself, as a prompt is when the model is asked: no token reaches over
+    the place where the answer begins. Tokenizers that put a space before a text (SentencePiece's
+    kind) encode the whole instead, and a token that reaches over belongs to the answer.
+
+    Raises:
+        JobError: 65 if tokenizer.json can't be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the binding raises plain Exception
+            raise JobError(
+                ExitCode.DATA, "tokenizer.json", f"can't be read: {error}", "fetch the model again"
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = sorted(token.content for token in added.values() if token.special)
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        self._literal = Tokenizer.from_str(self._tokenizer.to_str())
+        self._literal.encode_special_tokens = True
+        settings = _settings(folder)
+        self.eos = _token(settings["eos_token"]) if settings.get("eos_token") else ""
+        self._pad = _token(settings["pad_token"]) if settings.get("pad_token") else ""
+        self._by_segment = (
+            not self._tokenizer.encode("ab", add_special_tokens=False)
+            .tokens[0]
+            .startswith(("\u2581", "\u0120"))
+        )
+
+    @property
+    def bos(self) -> str:
+        """The token that this tokenizer puts before a text, or ''."""
+        tokens = self._tokenizer.encode("a", add_special_tokens=True).tokens
+        return tokens[0] if tokens[0] in self.special_tokens else ""
+
+    def token_id(self, token: str) -> int | None:
+        """Return a token's id, or None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the token's own text."""
+        return self._tokenizer.id_to_token(token_id) or str(token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are filled up with; labels are -100 there, whatever it is."""
+        found = (self._tokenizer.token_to_id(token) for token in (self._pad, self.eos) if token)
+        return next((number for number in found if number is not None), 0)
+
+    def stop_token_ids(self, model: Path, template: Template | None) -> list[int]:
+        """Return what ends an answer: the tokenizer's and the model's ends, and the template's."""
+        names = {self.eos} if self.eos else set()
+        for ending in template.endings if template else []:
+            found = self._special.search(ending)
+            names |= {found[0]} if found else set()
+        ids = {self._tokenizer.token_to_id(name) for name in names} - {None}
+        for file in ("generation_config.json", "config.json"):
+            value = _read_json(model / file).get("eos_token_id")
+            ids |= set(value if isinstance(value, list) else [value]) - {None}
+        return sorted(ids)
+
+    def encode(self, batch: list[Rendered]) -> list[Tokens]:
+        """Return the tokens of every example of a batch."""
+        if not self._by_segment:
+            return [self._whole(rendered) for rendered in batch]
+        pieces: list[tuple[str, bool]] = []
+        counts = [[self._cut(text, r, pieces) for text, _ in r.segments] for r in batch]
+        ids = iter(self._ids(pieces))
+        return [
+            _tokens([[next(ids) for _ in range(count)] for count in row], rendered)
+            for row, rendered in zip(counts, batch, strict=True)
+        ]
+
+    def _cut(self, text: str, rendered: Rendered, pieces: list[tuple[str, bool]]) -> int:
+        """Add the pieces of a segment, with whether control tokens are plain text in them."""
+        if not rendered.slots or not SLOT.search(text):
+            pieces.append((text, False))
+            return 1
+        found = [piece for piece in re.split(f"({self._special.pattern})", text) if piece]
+        pieces += [(rendered.shown(piece), SLOT.search(piece) is not None) for piece in found]
+        return len(found)
+
+    def _ids(self, pieces: list[tuple[str, bool]]) -> Iterable[list[int]]:
+        texts = [text if not literal else "" for text, literal in pieces]
+        plain = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for (text, literal), encoding in zip(pieces, plain, strict=True):
+            chosen = self._literal.encode(text, add_special_tokens=False) if literal else encoding
+            yield chosen.ids
+
+    def _whole(self, rendered: Rendered) -> Tokens:
+        def ids_of(text: str) -> list[int]:
+            pieces: list[tuple[str, bool]] = []
+            self._cut(text, rendered, pieces)
+            return [number for ids in self._ids(pieces) for number in ids]
+
+        full = ids_of("".join(text for text, _ in rendered.segments))
+        parts: list[list[list[int]]] = []
+        done, before = 0, ""
+        for text, _ in rendered.segments:
+            before += text
+            end = max(done, _common(ids_of(before), full))
+            parts.append([full[done:end]])
+            done = end
+        return _tokens(parts, rendered)
+
+
+def _tokens(parts: list[list[list[int]]], rendered: Rendered) -> Tokens:
+    """Return arrays of ids and labels; ``parts``: per segment, its pieces' ids."""
+    import numpy as np
+
+    ids, labels = [], []
+    for pieces, (_, trained) in zip(parts, rendered.segments, strict=True):
+        for piece in pieces:
+            array = np.asarray(piece, dtype=np.int32)
+            ids.append(array)
+            labels.append(array if trained else np.full(len(array), IGNORED, np.int32))
+    return Tokens(np.concatenate(ids), np.concatenate(labels))
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Return how many ids two lists begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
