@@ -1,0 +1,96 @@
+"""A run's head: who may take it next, and when taking it again is no use any more."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import secrets
+from typing import Any
+
+from job.errors import ExitCode, JobError
+from job.progress import Progress
+
+Head = dict[str, Any]
+
+STALE_S = 5 * 60.0
+MAX_ATTEMPTS, MAX_VANISHED = 5, 2
+ENDS_KEPT = 100
+
+
+def run_folder(run_id: str) -> str:
+    """Return the store's folder of a run."""
+    if not re.fullmatch(r"[a-z0-9A-Z]([-._a-zA-Z0-9]{0,120})", run_id):
+        what = "is no name for a run"
+        raise JobError(ExitCode.USAGE, run_id, what, "use letters, digits, - and _")
+    return f"_runs/{run_id}"
+
+
+def next_head(head: Head | None, run_id: str, owner: str, now: float) -> Head:
+    """Return the head of the next attempt after the one in ``head``, if there may be one."""
+    if head is None:
+        head = {"seq": 0, "epoch": 0, "started": now, "checkpoint": None, "previous": None}
+        head |= {"ends": [], "state": "running", "receipt": None}
+    else:
+        head = copy.deepcopy(head)
+        _require_not_living(head, run_id, owner, now)
+        if not _ended(head):
+            last = head.get("progress", {})
+            add_end(head, code=None, stage=last.get("stage"), step=last.get("step"))
+        _require_progress(head, run_id, owner)
+    if not head["state"].startswith("published:"):
+        head["state"] = "running"
+    head["seq"] += 1
+    head["epoch"] += 1
+    return head | {"owner": owner, "heartbeat": now, "nonce": secrets.token_hex(8)}
+
+
+def _ended(head: Head) -> bool:
+    return any(end["epoch"] == head["epoch"] for end in head["ends"])
+
+
+def add_end(head: Head, *, code: int | None, stage: Any, step: Any) -> None:
+    """Note how the head's own attempt ended; a ``code`` of None: it vanished without a word."""
+    end = {"epoch": head["epoch"], "owner": head["owner"], "code": code}
+    head["ends"] = [*head["ends"], end | {"stage": stage, "step": step}][-ENDS_KEPT:]
+
+
+def _require_not_living(head: Head, run_id: str, owner: str, now: float) -> None:
+    age_s = now - head["heartbeat"]
+    if head["owner"] == owner or _ended(head) or age_s > STALE_S:
+        return
+    what = f"owner {head['owner']} works on it (heartbeat {max(0, age_s):.0f} s ago)"
+    do = f"wait for it, or end it; once silent for {STALE_S / 60:.0f} minutes it can be taken over"
+    raise JobError(ExitCode.TAKEN, run_id, what, do)
+
+
+def _require_progress(head: Head, run_id: str, owner: str) -> None:
+    """Raise 72 if this owner's attempts come and go. A new owner is somebody's new decision."""
+    if head["state"].startswith("published:"):
+        return
+    since = head["checkpoint"]["epoch"] if head["checkpoint"] else 0
+    ends = [end for end in head["ends"] if end["owner"] == owner and end["epoch"] > since]
+    last = ends[-MAX_VANISHED:]
+    places = {(end["code"], end["stage"], end["step"]) for end in last}
+    vanished = len(last) == MAX_VANISHED and len(places) == 1 and last[0]["code"] is None
+    if vanished:
+        what = (
+            f"{MAX_VANISHED} attempts vanished without a word in stage {last[0]['stage']}, "
+            f"step {last[0]['step']} (out of memory?)"
+        )
+        do = "see the pods' last state; give it more memory, or a smaller batch_size"
+        raise JobError(ExitCode.NO_PROGRESS, run_id, what, do)
+    if len(ends) >= MAX_ATTEMPTS:
+        codes = ", ".join(str(end["code"] or "vanished") for end in ends[-MAX_ATTEMPTS:])
+        what = f"{len(ends)} attempts made no newer checkpoint (ended with {codes})"
+        do = "see their exit.json, mend the cause, and submit with --new"
+        raise JobError(ExitCode.NO_PROGRESS, run_id, what, do)
+
+
+def figures_of(progress: Progress) -> dict[str, Any]:
+    """Return the progress as JSON can hold it: a loss may well be NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in progress.snapshot().items()
+        if isinstance(value, str | int | float | None)
+    }

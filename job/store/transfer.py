@@ -1,0 +1,120 @@
+"""Many transfers at once: bounded, in order, and with an ear for the stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import structlog
+
+from job.errors import ExitCode, JobError
+from job.progress import Progress
+from job.stop import Stop
+
+T = TypeVar("T")
+R = TypeVar("R")
+log = structlog.get_logger()
+
+FILES_AT_ONCE = 4
+POLL_S = 0.2
+SAY_EVERY_S = 10.0
+
+
+def ordered(
+    pool: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int, stop: Stop
+) -> Iterator[R]:
+    """Yield ``call(item)`` in the order of the items, with ``window`` of them under way.
+
+    Items are drawn in the caller's thread, just before they are handed over: what a lazy iterable
+    reads and hashes runs beside what ``pool`` sends. When it ends early, it waits for what is
+    under way, so that nothing is written after the caller has cleaned up.
+    """
+    under_way: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(call, item))
+            if len(under_way) >= window:
+                yield _result(under_way.popleft(), stop)
+        while under_way:
+            yield _result(under_way.popleft(), stop)
+    finally:
+        for future in under_way:
+            future.cancel()
+        wait(under_way)
+
+
+def _result(future: Future[R], stop: Stop) -> R:
+    while not wait([future], timeout=POLL_S).done:
+        stop.check()
+    return future.result()
+
+
+def each(
+    call: Callable[[T, Stop], R],
+    items: Sequence[T],
+    *,
+    stop: Stop,
+    workers: int = FILES_AT_ONCE,
+) -> list[R]:
+    """Return ``call(item, inner_stop)`` for all items, several at once.
+
+    The first failure, or ``stop``, is raised at once; the others are asked to end by the inner
+    stop, and are not waited for: one of them may hang on a server that says nothing.
+    """
+    inner = Stop()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="transfer")
+    futures = [pool.submit(call, item, inner) for item in items]
+    pending = set(futures)
+    try:
+        while pending:
+            stop.check()
+            done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        return [future.result() for future in futures]
+    except BaseException as error:
+        inner.request(error if isinstance(error, JobError) else _abandoned(error))
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _abandoned(error: BaseException) -> JobError:
+    return JobError(ExitCode.STORE, "transfer", f"given up: {error!r}", "see the error before it")
+
+
+class Meter:
+    """Counts bytes from many threads, and says every ten seconds how far it is."""
+
+    def __init__(self, what: str, total_bytes: int, progress: Progress | None = None) -> None:
+        self.what, self.total_bytes, self.done_bytes = what, total_bytes, 0
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._began = self._said = time.monotonic()
+
+    def tick(self, count: int) -> None:
+        """Add ``count`` bytes."""
+        with self._lock:
+            self.done_bytes += count
+            now = time.monotonic()
+            if now - self._said < SAY_EVERY_S:
+                return
+            self._said = now
+        self._say(now - self._began)
+
+    def _say(self, elapsed_s: float) -> None:
+        rate = self.done_bytes / elapsed_s
+        eta_s = round(max(0, self.total_bytes - self.done_bytes) / rate) if rate else None
+        if self._progress is not None:
+            self._progress.update(eta_s=eta_s)
+        log.info(
+            "transfer",
+            what=self.what,
+            done=f"{self.done_bytes / 1e6:,.0f} of {self.total_bytes / 1e6:,.0f} MB",
+            mb_per_s=round(rate / 1e6, 1),
+            eta_s=eta_s,
+        )
