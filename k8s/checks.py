@@ -68,7 +68,7 @@ def pod_of(objects: list[Object]) -> Object:
     """Return the pod's spec in a Job or a CronJob."""
     item = objects[-1]
     spec = item["spec"]["jobTemplate"]["spec"] if item["kind"] == "CronJob" else item["spec"]
-    return spec["template"]["spec"]  # type: ignore[no-any-return]
+    return spec["template"]["spec"]
 
 
 def _namespace(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
@@ -229,7 +229,7 @@ def _refusing(pod: Object, node: Object) -> Object | None:
             "node.kubernetes.io"
         )
         if not passing and not tolerates(pod.get("tolerations") or [], taint):
-            return taint  # type: ignore[no-any-return]
+            return taint
     return None
 
 

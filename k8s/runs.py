@@ -86,14 +86,14 @@ def seconds(stamp: str | None) -> float | None:
     """Return an RFC 3339 time as seconds since 1970."""
     if not stamp:
         return None
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+    return datetime.fromisoformat(stamp).timestamp()
 
 
 def condition(item: Object, kind: str) -> Object | None:
     """Return an object's condition of this type if its status is True."""
     for one in item.get("status", {}).get("conditions") or []:
         if one["type"] == kind and one["status"] == "True":
-            return one  # type: ignore[no-any-return]
+            return one
     return None
 
 

@@ -64,12 +64,12 @@ def read_run(uri: str, run: str, *, single_writer: bool = False) -> Stored:
     return impatient(read)
 
 
-def read_logs(uri: str, run: str) -> list[bytes]:
+def read_logs(uri: str, run: str, *, single_writer: bool = False) -> list[bytes]:
     """Return the log lines of all attempts of ``run`` that reached the store, in order."""
     from job.store import open_store
 
     def read(stop: Stop) -> list[bytes]:
-        store = open_store(uri, stop=stop)
+        store = open_store(uri, stop=stop, single_writer=single_writer)
         prefix = f"_runs/{run}/attempts/"
         keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".jsonl")]
         keys.sort(key=lambda key: (int(key.removeprefix(prefix).split("/")[0]), key))

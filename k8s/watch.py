@@ -25,7 +25,7 @@ def until(call: Callable[[], T], *, wait: Callable[[float], None], seconds: floa
 
 
 def changes(
-    cluster: Cluster, kind: str, *, wait: Callable[[float], None], **query: Any
+    cluster: Cluster, kind: str, *, wait: Callable[[float], None], seconds: int = 300, **query: Any
 ) -> Iterator[list[Object]]:
     """Yield all selected objects, again after each change, over cuts, 410s and server restarts."""
     while True:
@@ -34,7 +34,7 @@ def changes(
         yield list(found.values())
         version = body["metadata"]["resourceVersion"]
         try:
-            for event in cluster.watch(kind, resource_version=version, **query):
+            for event in cluster.watch(kind, resource_version=version, seconds=seconds, **query):
                 item = event["object"]
                 if event["type"] == "DELETED":
                     found.pop(item["metadata"]["name"], None)

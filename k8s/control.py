@@ -1,0 +1,86 @@
+"""Waiting for a run, and ending it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from job.errors import ExitCode, JobError
+from job.stop import Stop
+from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.render import QUEUE, Object
+from k8s.runs import JOB_LABEL, Run, condition, find, missing
+from k8s.watch import changes, until
+
+Say = Callable[[str], None]
+
+
+def wait(
+    cluster: Cluster, name: str, *, store: str | None, stop: Stop, timeout_s: float | None = None
+) -> Run:
+    """Return the run once it is over.
+
+    Raises:
+        JobError: 66 if it is not there, 74 if it is not over after ``timeout_s``.
+    """
+    give_up = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+    selector = f"metadata.name={name}"
+    for jobs in changes(cluster, "Job", wait=stop.wait, seconds=10, fieldSelector=selector):
+        if not jobs or condition(jobs[0], "Complete") or condition(jobs[0], "Failed"):
+            break
+        if time.monotonic() > give_up:
+            do = f"wait again, or see `lora-job why {name}`"
+            raise JobError(ExitCode.STORE, name, f"is not over after {timeout_s:.0f} s", do)
+    return until(lambda: find(cluster, name, store=store, now=time.time()), wait=stop.wait)
+
+
+def cancel(cluster: Cluster, name: str, *, now: bool, stop: Stop, say: Say) -> Run | None:
+    """End a run: let its pod save a checkpoint, then delete the Job.
+
+    Returns:
+        The run as it was when its pods were gone; None for ``now``.
+
+    Raises:
+        JobError: 66 if it is not there.
+    """
+    job = cluster.get("Job", name)
+    if job is None:
+        raise missing(cluster, name)
+    over = condition(job, "Complete") or condition(job, "Failed")
+    run = None
+    if not now and not over:
+        _suspend(cluster, job)
+        say("asked it to save a checkpoint and end")
+        _await_pods(cluster, name, stop)
+        run = until(lambda: find(cluster, name, store=None, now=time.time()), wait=stop.wait)
+    cluster.delete("Job", name, propagation="Background")
+    return run
+
+
+def _suspend(cluster: Cluster, job: Object) -> None:
+    """Suspend the Job; with Kueue its Workload, since Kueue would start the Job again."""
+    workload = workload_of(cluster, job)
+    if workload is not None:
+        cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
+    else:
+        cluster.patch("Job", job["metadata"]["name"], {"spec": {"suspend": True}})
+
+
+def workload_of(cluster: Cluster, job: Object) -> Object | None:
+    """Return the Job's Kueue Workload, if it has one."""
+    if QUEUE not in (job["metadata"].get("labels") or {}):
+        return None
+    selector = f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}"
+    try:
+        found = cluster.list("Workload", labelSelector=selector)
+    except (NotFoundError, ForbiddenError):
+        return None
+    return found[0] if found else None
+
+
+def _await_pods(cluster: Cluster, name: str, stop: Stop) -> None:
+    selector = f"{JOB_LABEL}={name}"
+    for pods in changes(cluster, "Pod", wait=stop.wait, labelSelector=selector):
+        alive = [pod for pod in pods if pod["status"].get("phase") in ("Pending", "Running")]
+        if not alive:
+            return

@@ -1,0 +1,93 @@
+"""All that can be found out about a run, for :mod:`k8s.why` to explain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.control import workload_of
+from k8s.render import SELECTOR, Object
+from k8s.runs import JOB_LABEL, Run, find, observe
+
+MAX_PODS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the server and the store say about one run."""
+
+    run: Run
+    job: Object | None = None
+    pods: list[Object] = field(default_factory=list)
+    """The newest pods, newest first."""
+    events: list[Object] = field(default_factory=list)
+    """Events of the Job and of these pods, newest first."""
+    workload: Object | None = None
+    """Kueue's view of the Job."""
+    holders: list[str] = field(default_factory=list)
+    """Other runs of this namespace whose pods run now."""
+
+    @property
+    def pod(self) -> Object | None:
+        """The newest pod."""
+        return self.pods[0] if self.pods else None
+
+    def said(self, *reasons: str) -> str | None:
+        """Return the message of the newest event with one of these reasons."""
+        for event in self.events:
+            if event.get("reason") in reasons:
+                return " ".join(str(event.get("message", "")).split())
+        return None
+
+
+def gather(cluster: Cluster, name: str, *, store: str | None) -> Facts:
+    """Ask for everything; what the Role may not see is left out.
+
+    Raises:
+        JobError: 66 if neither the cluster nor the store knows the run.
+    """
+    run = find(cluster, name, store=store, now=time.time())
+    job, pods = observe(cluster, name)
+    pods.sort(key=lambda pod: str(pod["metadata"]["creationTimestamp"]), reverse=True)
+    pods = pods[:MAX_PODS]
+    names = [name, *(pod["metadata"]["name"] for pod in pods)] if job else []
+    events: list[Object] = allowed(
+        lambda: [it for name in names for it in _events(cluster, name)], []
+    )
+    return Facts(
+        run,
+        job,
+        pods,
+        sorted(events, key=_when, reverse=True),
+        workload_of(cluster, job) if job else None,
+        [] if run.is_over else allowed(lambda: _holders(cluster, name), []),
+    )
+
+
+def allowed(ask: Callable[[], Any], otherwise: Any) -> Any:
+    """Return what ``ask`` returns, or ``otherwise`` if the Role forbids it."""
+    try:
+        return ask()
+    except (ForbiddenError, NotFoundError):
+        return otherwise
+
+
+def _events(cluster: Cluster, name: str) -> list[Object]:
+    return cluster.list("Event", fieldSelector=f"involvedObject.name={name}")
+
+
+def _when(event: Object) -> str:
+    return str(
+        event.get("lastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp", "")
+    )
+
+
+def _holders(cluster: Cluster, name: str) -> list[str]:
+    pods = cluster.list("Pod", labelSelector=SELECTOR, fieldSelector="status.phase=Running")
+    runs = {str(pod["metadata"].get("labels", {}).get(JOB_LABEL)) for pod in pods}
+    return sorted(runs - {name, "None"})

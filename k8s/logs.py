@@ -1,0 +1,174 @@
+"""A run's log, over pods that come and go and connections that break: no line doubled, none lost."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+
+from job.errors import ExitCode, JobError
+from job.stop import Stop
+from k8s.cluster import Cluster, CutError, NotFoundError
+from k8s.render import SINGLE_WRITER, STORE, Object
+from k8s.runs import condition, container, missing, observe
+from k8s.stored import read_logs
+from k8s.watch import changes, until
+
+Write = Callable[[bytes], None]
+
+POLL_S = 20
+
+
+class Position:
+    """How far a pod's log was read.
+
+    The server can only be asked for whole seconds, and two streams of a container may be written
+    a little out of order. So the lines of the last seconds are remembered, asked for again, and
+    each is skipped as often as it was seen.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[bytes] = deque()
+        self._second = b""
+        self._since = ""
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What to ask the server for, to go on from here."""
+        return {"timestamps": "true", **({"sinceTime": self._since} if self._since else {})}
+
+    def unseen(self, lines: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the lines that were not seen before, their timestamps taken off."""
+        again = Counter(self._recent)
+        for line in lines:
+            if again[line]:
+                again[line] -= 1
+            elif line.endswith(b"\n"):
+                self._remember(line)
+                yield line.partition(b" ")[2]
+            else:
+                # Half a line: the connection was cut here, or the container ended without a newline.
+                self.rest = line.partition(b" ")[2]
+                return
+
+    rest = b""
+
+    def _remember(self, line: bytes) -> None:
+        second = line[:19]
+        if second > self._second:
+            self._second = second
+            before = datetime.fromisoformat(second.decode()) - timedelta(seconds=2)
+            self._since = f"{before.isoformat()}Z"
+            oldest = before.isoformat().encode()
+            while self._recent and self._recent[0][:19] < oldest:
+                self._recent.popleft()
+        self._recent.append(line)
+
+
+def stream(cluster: Cluster, pod: str, write: Write, stop: Stop) -> None:
+    """Write a pod's log to its end, from wherever the connection breaks."""
+    position = Position()
+    while True:
+        position.rest = b""
+        try:
+            _copy(cluster.log(pod, follow="true", **position.query), position, write)
+        except CutError:
+            stop.wait(0.5)
+        except NotFoundError:
+            return
+        found = until(lambda: cluster.get("Pod", pod), wait=stop.wait)
+        if found is None:
+            return
+        if has_ended(found):
+            _finish(cluster, pod, position, write, stop)
+            return
+        stop.wait(0.5)
+
+
+def _finish(cluster: Cluster, pod: str, position: Position, write: Write, stop: Stop) -> None:
+    def rest() -> None:
+        position.rest = b""
+        _copy(cluster.log(pod, **position.query), position, write)
+
+    try:
+        until(rest, wait=stop.wait, seconds=30.0)
+    except (CutError, NotFoundError):
+        return
+    if position.rest:
+        write(position.rest + b"\n")
+
+
+def _copy(lines: Iterator[bytes], position: Position, write: Write) -> None:
+    for line in position.unseen(lines):
+        write(line)
+
+
+def has_ended(pod: Object) -> bool:
+    """Return whether nothing will be added to a pod's log."""
+    over = pod["status"].get("phase") in ("Succeeded", "Failed")
+    return over or "terminated" in container(pod).get("state", {})
+
+
+def has_begun(pod: Object) -> bool:
+    """Return whether a pod has a log."""
+    return bool({"running", "terminated"} & set(container(pod).get("state", {})))
+
+
+def follow(
+    cluster: Cluster, name: str, write: Write, stop: Stop, *, waiting: Callable[[], None]
+) -> None:
+    """Write the logs of all attempts until the run is over; ``waiting`` is called while none runs.
+
+    Raises:
+        JobError: 66 if there is no such run.
+    """
+    done: set[str] = set()
+    known = False
+    selector = f"metadata.name={name}"
+    for jobs in changes(cluster, "Job", wait=stop.wait, seconds=POLL_S, fieldSelector=selector):
+        if not jobs and not known:
+            raise missing(cluster, name)
+        known = True
+        _, pods = until(lambda: observe(cluster, name), wait=stop.wait)
+        fresh = [pod for pod in in_order(pods) if pod["metadata"]["name"] not in done]
+        for pod in filter(has_begun, fresh):
+            stream(cluster, pod["metadata"]["name"], write, stop)
+            done.add(pod["metadata"]["name"])
+        if not jobs or condition(jobs[0], "Complete") or condition(jobs[0], "Failed"):
+            return
+        if not any(map(has_begun, fresh)):
+            waiting()
+
+
+def in_order(pods: list[Object]) -> list[Object]:
+    """Return pods, oldest first."""
+    return sorted(
+        pods, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"])
+    )
+
+
+def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> None:
+    """Write what there is of a run's log: its pods', or the store's copy once they are gone.
+
+    Raises:
+        JobError: 66 if there is no such run, or no log of it.
+    """
+    job, pods = observe(cluster, name)
+    begun = [pod for pod in in_order(pods) if has_begun(pod)]
+    for pod in begun:
+        position = Position()
+        _copy(cluster.log(pod["metadata"]["name"], **position.query), position, write)
+        if position.rest:
+            write(position.rest + b"\n")
+    if begun:
+        return
+    annotations = (job or {}).get("metadata", {}).get("annotations") or {}
+    uri = annotations.get(STORE) or store
+    if job is None and uri is None:
+        raise missing(cluster, name)
+    lines = read_logs(uri, name, single_writer=SINGLE_WRITER in annotations) if uri else []
+    if not lines:
+        do = f"see `lora-job why {name}`"
+        raise JobError(ExitCode.NOT_FOUND, name, "no attempt has written a log yet", do)
+    for line in lines:
+        write(line)

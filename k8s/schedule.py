@@ -1,0 +1,208 @@
+"""Every night: a CronJob whose Jobs are those that submit makes."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from job.config import JobConfig
+from job.errors import ExitCode, JobError
+from k8s.checks import Finding, run_checks
+from k8s.cluster import AlreadyExistsError, Cluster
+from k8s.config import ClusterConfig
+from k8s.render import APP, CONFIG, MANAGED_BY, SCHEDULE, Object, cron_objects
+from k8s.status import describe_cronjob
+from k8s.submit import Say, ensure_config, own, refuse_wrong, sweep
+
+MACROS = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+NAME_LIMIT = 52
+"""A CronJob's name: its Jobs add ``-`` and the minutes since 1970, and pods 6 more."""
+
+
+def next_times(cron: str, time_zone: str, *, after: datetime, count: int = 3) -> list[datetime]:
+    """Return when a line of cron fires next.
+
+    Raises:
+        JobError: 78 for a line that Kubernetes does not know or that never fires, or an unknown
+            time zone.
+    """
+    from cronsim import CronSim, CronSimError
+
+    zone = _zone(time_zone)
+    line = MACROS.get(cron, cron)
+    _require_kubernetes_cron(cron, line)
+    try:
+        moments = CronSim(line, after.astimezone(zone))
+        found = [moment for moment, _ in zip(moments, range(count), strict=False)]
+    except CronSimError as error:
+        raise _bad_cron(cron, str(error).lower()) from error
+    if not found:
+        raise _bad_cron(cron, "never fires")
+    return found
+
+
+def _zone(name: str) -> ZoneInfo:
+    try:
+        # Kubernetes refuses "Local", which here would be a file's name.
+        return ZoneInfo("" if name == "Local" else name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        do = "use a name of the tz database, such as Europe/Berlin or Etc/UTC"
+        raise JobError(ExitCode.CONFIG, "--time-zone", f"there is no {name!r}", do) from error
+
+
+def _require_kubernetes_cron(cron: str, line: str) -> None:
+    """Refuse what cron dialects know and Kubernetes does not."""
+    fields = line.split()
+    if len(fields) != 5 or line.startswith(("@", "TZ=", "CRON_TZ=")):
+        raise _bad_cron(cron, "needs five fields: minute hour day month weekday")
+    if any(letter in fields[2] + fields[4].upper().replace("JUL", "") for letter in "LW#"):
+        days = {"WED"} & set(fields[4].upper().replace("-", ",").split(","))
+        if not days or any(letter in fields[2] for letter in "LW#"):
+            raise _bad_cron(cron, "uses L, W or #, which Kubernetes does not know")
+    if "7" in fields[4].replace("/7", ""):
+        raise _bad_cron(cron, "has weekday 7; Sunday is 0")
+
+
+def _bad_cron(cron: str, what: str) -> JobError:
+    do = 'write it like "0 2 * * *", every night at two'
+    return JobError(ExitCode.CONFIG, f"--cron {cron!r}", what, do)
+
+
+def schedule(
+    cluster: Cluster,
+    settings: ClusterConfig,
+    job: JobConfig,
+    *,
+    cron: str,
+    time_zone: str,
+    start_deadline_s: int,
+    say: Say,
+) -> tuple[Finding, ...]:
+    """Create the CronJob, or change the one that is there.
+
+    Raises:
+        JobError: 78 for what never fires; whatever the cluster refuses.
+    """
+    next_times(cron, time_zone, after=datetime.now(UTC))
+    require_name(job.name)
+    config, item = cron_objects(
+        job, settings, cron=cron, time_zone=time_zone, start_deadline_s=start_deadline_s
+    )
+    _ours(cluster, job.name)
+    findings = tuple(run_checks(cluster, settings, job, [config, item]))
+    refuse_wrong(findings, say)
+    sweep(cluster)
+    ensure_config(cluster, config)
+    try:
+        owner = cluster.create(item).body
+    except AlreadyExistsError:
+        owner = cluster.patch("CronJob", job.name, {**item, "apiVersion": "batch/v1"})
+    own(cluster, config["metadata"]["name"], owner)
+    _drop_old_configs(cluster, job.name, keep=config["metadata"]["name"])
+    return findings
+
+
+def require_name(name: str) -> None:
+    """Refuse a name that leaves no room for what a CronJob's Jobs and pods add to it.
+
+    Raises:
+        JobError: 78.
+    """
+    if len(name) > NAME_LIMIT:
+        what = f"{name} has {len(name)} characters, a schedule's name at most {NAME_LIMIT}"
+        raise JobError(ExitCode.CONFIG, "name", what, "use a shorter name")
+
+
+def _ours(cluster: Cluster, name: str) -> Object | None:
+    item = cluster.get("CronJob", name)
+    if item and item["metadata"].get("labels", {}).get(MANAGED_BY) != APP:
+        do = "name your job differently, or delete that one"
+        where = f"{cluster.namespace}/{name}"
+        raise JobError(ExitCode.TAKEN, where, "a CronJob of this name is not lora-job's", do)
+    return item
+
+
+def _drop_old_configs(cluster: Cluster, name: str, *, keep: str) -> None:
+    """Delete job files of earlier versions of a schedule that no unfinished Job reads."""
+    selector = f"{MANAGED_BY}={APP},lora-job/name={name}"
+    for item in cluster.list("ConfigMap", labelSelector=selector):
+        owners = item["metadata"].get("ownerReferences") or []
+        config = item["metadata"]["name"]
+        if config == keep or not any(it["kind"] == "CronJob" for it in owners):
+            continue
+        if not cluster.list("Job", labelSelector=f"{CONFIG}={config}", limit=1):
+            cluster.delete("ConfigMap", config)
+
+
+def find(cluster: Cluster, name: str) -> Object:
+    """Return a schedule's CronJob.
+
+    Raises:
+        JobError: 66 if there is none.
+    """
+    item = cluster.get("CronJob", name)
+    if item is None:
+        names = [it["metadata"]["name"] for it in cluster.list("CronJob", labelSelector=_LABEL)]
+        do = f"use one of: {', '.join(names)}" if names else "make one: --cron and --time-zone"
+        where = f"{cluster.namespace}/{name}"
+        raise JobError(ExitCode.NOT_FOUND, where, "there is no such schedule", do)
+    return item
+
+
+_LABEL = f"{MANAGED_BY}={APP}"
+
+
+def suspend(cluster: Cluster, name: str, *, on: bool) -> Object:
+    """Stop a schedule from firing, or let it fire again."""
+    find(cluster, name)
+    return cluster.patch("CronJob", name, {"spec": {"suspend": on}})
+
+
+def delete(cluster: Cluster, name: str) -> None:
+    """Delete a schedule, and with it its Jobs."""
+    find(cluster, name)
+    cluster.delete("CronJob", name)
+
+
+def run_now(cluster: Cluster, name: str, *, now: float | None = None) -> tuple[str, bool]:
+    """Fire a schedule now; return the run, and whether it is new.
+
+    The Job gets the name that the CronJob's own controller would give it for this minute, so that
+    two calls, or a call and the clock, are one run.
+    """
+    item = find(cluster, name)
+    run = f"{name}-{int((now or time.time()) // 60)}"
+    template = item["spec"]["jobTemplate"]
+    owner: Object = {"apiVersion": "batch/v1", "kind": "CronJob", "name": name}
+    owner |= {"uid": item["metadata"]["uid"], "controller": True}
+    metadata: Object = {
+        "name": run,
+        "namespace": cluster.namespace,
+        "labels": template["metadata"].get("labels", {}) | {SCHEDULE: name},
+        "annotations": template["metadata"].get("annotations", {})
+        | {"cronjob.kubernetes.io/instantiate": "manual"},
+        "ownerReferences": [owner],
+    }
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": template["spec"]}
+    try:
+        cluster.create(job)
+    except AlreadyExistsError:
+        return run, False
+    return run, True
+
+
+def describe(item: Object) -> dict[str, Any]:
+    """Return a schedule with the times at which it fires next."""
+    about = describe_cronjob(item)
+    times = next_times(about["cron"], about["time_zone"] or "Etc/UTC", after=datetime.now(UTC))
+    return {**about, "next": [] if about["suspended"] else [it.isoformat() for it in times]}
