@@ -54,9 +54,7 @@ TABLE: dict[ExitCode, Row] = {
     ExitCode.HARDWARE: Row(
         "hardware", "GPU, driver or collective failed, or a watchdog saw no step", "count"
     ),
-    ExitCode.NOT_PROVEN: Row(
-        "not proven", "merge proof, hash or finite-loss check failed", "fail"
-    ),
+    ExitCode.NOT_PROVEN: Row("not proven", "merge proof, hash or finite-loss check failed", "fail"),
     ExitCode.OUT_OF_RESOURCES: Row(
         "out of memory or disk", "with what was needed and what there was", "fail"
     ),
@@ -88,4 +86,6 @@ class JobError(Exception):
 
 def name_of(code: int) -> str:
     """Return the table's name for ``code``, or ``unexpected`` for a code that is not in it."""
-    return TABLE[ExitCode(code)].name if code in ExitCode else "unexpected"
+    # `code in ExitCode` raises for a plain int before Python 3.12.
+    row = {int(known): row for known, row in TABLE.items()}.get(code)
+    return row.name if row else "unexpected"
