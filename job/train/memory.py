@@ -1,0 +1,71 @@
+"""Out of memory: what took it, and which setting gives some back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from job.config import JobConfig
+from job.errors import ExitCode, JobError
+from job.train.meters import memory_bytes
+
+# torch's own words, where it has no exception of its own.
+CPU_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+@contextlib.contextmanager
+def memory_explained(model: Any, job: JobConfig) -> Iterator[None]:
+    """Turn running out of memory inside the block into one line.
+
+    Raises:
+        JobError: 71, with the largest terms and the setting to change.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        words = str(error)
+        is_cuda = isinstance(error, torch.OutOfMemoryError)
+        if not is_cuda and not any(known in words for known in CPU_WORDS):
+            raise
+        raise JobError(
+            ExitCode.OUT_OF_RESOURCES,
+            f"train on {job.device}",
+            f"out of memory: {terms(model, job)} ({words.strip().splitlines()[0][:160]})",
+            mend(job),
+        ) from error
+
+
+def terms(model: Any, job: JobConfig) -> str:
+    """Return where the memory went, the largest part first."""
+    frozen = trained = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        # A trained weight comes with its gradient and two moments.
+        if parameter.requires_grad:
+            trained += 4 * size
+        else:
+            frozen += size
+    total = 0
+    if job.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+    rest = max(memory_bytes(job.device) - frozen - trained, 0)
+    parts = {"base": frozen, "adapter and optimiser": trained, "activations": rest}
+    ranked = sorted(parts.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in ranked)
+    return f"{told} of {total / 1e9:.0f} GB" if total else told
+
+
+def mend(job: JobConfig) -> str:
+    """Return the setting that gives most memory back at the least cost."""
+    section = job.train
+    if not section.gradient_checkpointing:
+        return "set train.gradient_checkpointing: true"
+    if section.batch_size > 1:
+        half, twice = section.batch_size // 2, section.gradient_accumulation * 2
+        return f"set train.batch_size: {half} and train.gradient_accumulation: {twice}"
+    if job.data.max_length > 512:
+        return f"set data.max_length: {job.data.max_length // 2}"
+    return "lower lora.rank, or take a device with more memory"

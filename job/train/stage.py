@@ -1,0 +1,237 @@
+"""The stage: base and rows in, an adapter that learned out, over as many attempts as it takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from job.artifacts import Adapter, Dataset, Source, reuse
+from job.config import JobConfig
+from job.files import fingerprint, list_files, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from job.context import Context
+    from job.train.callbacks import Life
+    from job.train.checkpoints import CheckpointState
+    from job.train.trainer import LoraTrainer
+
+log = structlog.get_logger()
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
+# Settings that change when a run is saved or ended, and not what it computes.
+TIMING = frozenset({"checkpoint_every_s", "checkpoint_every_steps", "step_timeout_s"})
+
+
+def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
+    """Train the adapter, from the newest valid checkpoint if there is one.
+
+    Raises:
+        JobError: 65 a checkpoint of another run, 69 no GPU, 70 not finite or nothing learned,
+            71 out of memory, 75 or 76 when asked to stop, 78 names that the model lacks.
+    """
+    with context.stage("train"):
+        parts = fingerprints(context.job, model, dataset)
+        return reuse(
+            context.work / "train",
+            fingerprint(parts),
+            Adapter,
+            lambda folder: _train(context, model, dataset, folder, parts),
+            stage="train",
+        )
+
+
+def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, str]:
+    """Return what an adapter depends on, part by part, so that a difference has a name."""
+    tokenizer = dataset.folder / "tokenizer"
+    train_section = job.train.model_dump(mode="json", exclude=set(TIMING))
+    return {
+        "seed": str(job.seed),
+        "device": job.device,
+        "model": fingerprint(job.model.model_dump(mode="json", exclude={"source"}), model.files),
+        "lora": fingerprint(job.lora.model_dump(mode="json")),
+        "train": fingerprint(train_section),
+        "data": dataset.digest,
+        "tokenizer": fingerprint({n: sha256_file(tokenizer / n) for n in list_files(tokenizer)}),
+        "versions": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES),
+    }
+
+
+def _train(
+    context: Context, model: Source, dataset: Dataset, folder: Path, parts: dict[str, str]
+) -> Adapter:
+    from job.train.memory import memory_explained
+
+    resumed = _restore(context, folder / "restored", parts)
+    trainer, life = _prepare(context, model, dataset, folder, parts, resumed)
+    context.stop.check()
+    try:
+        with memory_explained(trainer.model, context.job):
+            _run(trainer, folder / "restored", resumed)
+        adapter = _finish(trainer, life, folder, resumed)
+    finally:
+        for tracker in life.trackers:
+            tracker.end({"steps": trainer.state.global_step})
+    for scratch in ("restored", "trainer"):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    return adapter
+
+
+def _restore(context: Context, folder: Path, parts: dict[str, str]) -> CheckpointState | None:
+    """Fetch the newest valid checkpoint into ``folder``; None if this run has none yet."""
+    from job.train.checkpoints import read_state
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if context.attempt.restore_checkpoint(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    state = read_state(folder, parts)
+    log.info("checkpoint_restored", step=state.step, spent_s=round(state.duration_s, 1))
+    return state
+
+
+def _prepare(
+    context: Context,
+    source: Source,
+    dataset: Dataset,
+    folder: Path,
+    parts: dict[str, str],
+    resumed: CheckpointState | None,
+) -> tuple[LoraTrainer, Life]:
+    import datasets
+
+    from job.train.callbacks import Life
+    from job.train.lora import add_lora
+    from job.train.meters import Meters
+    from job.train.model import active_parameters, load_tokenizer
+    from job.train.trainer import make_trainer
+
+    job = context.job
+    base = _load(context, source)
+    model = add_lora(base, job.lora, seed=job.seed, source=source)
+    rows = datasets.Dataset.from_file(str(dataset.folder / "train.arrow"))
+    rows, packed = _pack_or_not(model, rows, dataset, job)
+    context.progress.update()
+    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+    trainer = make_trainer(model, tokenizer, rows, dataset, job, folder / "trainer", packed=packed)
+    history = folder / "history.jsonl"
+    history.unlink(missing_ok=True)
+    if resumed is not None:
+        shutil.copyfile(folder / "restored" / "history.jsonl", history)
+    trainer.resumed = resumed
+    trainer.meters = Meters(
+        history=history,
+        num_steps=trainer.args.max_steps,
+        active=active_parameters(model),
+        device=job.device,
+        num_tokens=resumed.num_tokens if resumed else 0,
+    )
+    life = Life(context, trainer, folder, parts, _trackers(context, folder))
+    life.spent_s = resumed.duration_s if resumed else 0.0
+    trainer.add_callback(life)
+    return trainer, life
+
+
+def _load(context: Context, source: Source) -> Any:
+    import torch
+
+    from job.train.model import load_base, require_device
+
+    job = context.job
+    require_device(job.device)
+    if job.train.expandable_segments and job.device == "cuda":
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # noqa: SLF001
+    base, attention = load_base(
+        source.folder, dtype=job.model.dtype, device=job.device, attention=job.model.attention
+    )
+    context.progress.update()
+    context.stop.check()
+    text_config = base.config.get_text_config()
+    routed = {
+        "experts": getattr(base.config, "_experts_implementation", None),
+        "router_aux_loss_coef": job.train.router_aux_loss_coef,
+    }
+    log.info(
+        "base_loaded",
+        architecture=text_config.model_type,
+        attention=attention,
+        dtype=str(base.dtype).removeprefix("torch."),
+        **(routed if hasattr(text_config, "num_experts_per_tok") else {}),
+    )
+    return base
+
+
+def _pack_or_not(model: Any, rows: Any, dataset: Dataset, job: JobConfig) -> tuple[Any, bool]:
+    """Return the rows as they are if packing is right for this model, else unpacked."""
+    from job.train.collator import unpack
+    from job.train.preflight import packing_fault, pick_documents
+
+    if not job.data.packing:
+        return rows, False
+    fault = packing_fault(model, pick_documents(rows), dataset.pad_token_id)
+    if fault is None:
+        log.info("packing_checked", rows=len(rows), examples=dataset.num_examples)
+        return rows, True
+    log.warning("packing_refused", reason=fault, instead="one example a row, padded")
+    return unpack(rows), False
+
+
+def _trackers(context: Context, folder: Path) -> list[Any]:
+    section = context.job.track
+    if section.mlflow is None and section.trackio is None and section.tensorboard is None:
+        return []
+    from job.track import make_trackers
+
+    return list(make_trackers(context.job, context.attempt.run_id, folder))
+
+
+def _run(trainer: LoraTrainer, restored: Path, resumed: CheckpointState | None) -> None:
+    """Train the steps that are left; an ended training only gets its weights back."""
+    from job.train.checkpoints import load_weights
+
+    if resumed is None:
+        trainer.train()
+    elif resumed.ended or resumed.step >= trainer.args.max_steps:
+        load_weights(restored, trainer.model)
+        trainer.state.global_step = resumed.step
+    else:
+        trainer.train(resume_from_checkpoint=str(restored))
+
+
+def _finish(
+    trainer: LoraTrainer, life: Life, folder: Path, resumed: CheckpointState | None
+) -> Adapter:
+    from job.train.lora import delta_norms, require_learned, save_adapter
+    from job.train.meters import read_history
+
+    norms = delta_norms(trainer.model)
+    require_learned(norms)
+    write_json(folder / "delta_norms.json", norms)
+    sha256 = save_adapter(trainer.model, folder)
+    ran = resumed is None or trainer.state.global_step > resumed.step
+    duration_s = life.duration_s() if ran else life.spent_s
+    last = [line["loss"] for line in read_history(trainer.meters.history)[-10:]]
+    num_tokens = trainer.meters.num_tokens
+    adapter = Adapter(
+        folder=folder,
+        sha256=sha256,
+        steps=trainer.state.global_step,
+        planned_steps=trainer.args.max_steps,
+        num_tokens=num_tokens,
+        final_loss=sum(last) / len(last),
+        tokens_per_s=num_tokens / max(duration_s, 1e-9),
+        duration_s=duration_s,
+    )
+    log.info(
+        "trained",
+        steps=adapter.steps,
+        planned_steps=adapter.planned_steps,
+        loss=round(adapter.final_loss, 4),
+        tokens_per_s=round(adapter.tokens_per_s, 1),
+        num_tokens=num_tokens,
+        duration_s=round(duration_s, 1),
+    )
+    return adapter
