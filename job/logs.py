@@ -10,8 +10,9 @@ from typing import Any, TextIO
 import structlog
 
 
-def configure(*, copy_to: Path | None = None, stream: TextIO = sys.stderr) -> None:
-    """Send events to ``stream``, and as JSON lines to ``copy_to`` as well (for the store)."""
+def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> None:
+    """Send events to ``stream`` (stderr by itself), and as JSON lines to ``copy_to`` as well (for the store)."""
+    stream = stream or sys.stderr
     copy = copy_to.open("a", encoding="utf-8", buffering=1) if copy_to else None
     for noisy in ("httpx", "botocore", "urllib3", "transformers", "trl", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
