@@ -1,8 +1,16 @@
 ##@ Cluster
 # docker where its daemon answers, else buildah; both read docker/Dockerfile.
 BUILDER ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo buildah)
-IMAGE ?= lora-job:latest
+IMAGE ?= localhost/lora-job:latest
 BASE ?= docker.io/library/debian:bookworm-slim
+BUILD_FLAGS ?=
+PUSH_FLAGS ?=
+
+image: ## Build the image (IMAGE=registry/name:tag, BASE=another Debian)
+	$(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE) --file docker/Dockerfile --tag $(IMAGE) .
+
+push: ## Push IMAGE and print it by digest, as cluster files name it
+	@docker/push.sh "$(BUILDER)" "$(IMAGE)" $(PUSH_FLAGS)
 
 control-plane: ## Build Kubernetes' control plane (two minors) and the other real parts, from Go modules
 	tests/cluster/build.sh
@@ -10,4 +18,13 @@ control-plane: ## Build Kubernetes' control plane (two minors) and the other rea
 test-cluster: setup control-plane ## Manifests and submitter against real control planes, two minors
 	$(PYTEST) -n 2 --dist loadgroup tests/cluster
 
-.PHONY: control-plane test-cluster
+node-tools: ## Install what a real node needs (apt, as root) and build its kubelet and registry
+	tests/node/tools.sh
+
+test-node: setup node-tools ## The whole mission on a real node (needs root)
+	$(PYTEST) tests/node
+
+lock-image: .tools/uv/.installed ## Compile the image's locks anew, within the versions of dev.txt
+	docker/lock.sh $(UV)
+
+.PHONY: image push control-plane test-cluster node-tools test-node lock-image

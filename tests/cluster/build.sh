@@ -2,7 +2,7 @@
 # Build the real parts that the cluster tests run against, from Go modules, into .tools/.
 #
 #   tests/cluster/build.sh                 everything that `make test-cluster` needs
-#   tests/cluster/build.sh kubelet         the kubelet for `make test-node`
+#   tests/cluster/build.sh node            what `make test-node` needs, kubelet included
 #   tests/cluster/build.sh kwok registry   single tools by name
 #
 # Go's own caches stay where Go keeps them. What is there in the right version is not built again.
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 MINORS=(1.34.4 1.37.2) # the oldest minor that we promise, and the newest
-NODE_MINOR=1.34.4      # its kubelet still runs on cgroup v1 and containerd 1.6
+NODE_MINOR=1.34.4      # its kubelet runs on cgroup v1 and with Debian's containerd 1.6, too
 tools=$PWD/.tools
 jobs=${BUILD_JOBS:-2}
 
@@ -123,7 +123,12 @@ one() {
     toxiproxy) tool toxiproxy v2.5.0 github.com/Shopify/toxiproxy/v2/cmd/server ;;
     kwok) tool kwok v0.8.0 sigs.k8s.io/kwok/cmd/kwok ;;
     registry) tool registry v3.1.2 github.com/distribution/distribution/v3/cmd/registry ;;
-    kubelet) kubernetes "$NODE_MINOR" kubelet ;;
+    node) # everything that `make test-node` needs
+        one etcd
+        one toxiproxy
+        one registry
+        kubernetes "$NODE_MINOR" kube-apiserver kube-controller-manager kube-scheduler kubelet
+        ;;
     control-plane)
         if [[ -n ${KUBEBUILDER_ASSETS:-} ]]; then
             say "KUBEBUILDER_ASSETS is set: no control plane is built"
@@ -135,7 +140,7 @@ one() {
             kubernetes "$version" kube-apiserver kube-controller-manager kube-scheduler
         done
         ;;
-    *) die "no such part: $1 (control-plane, kubelet, etcd, kustomize, toxiproxy, kwok, registry)" ;;
+    *) die "no such part: $1 (control-plane, node, etcd, kustomize, toxiproxy, kwok, registry)" ;;
     esac
 }
 
