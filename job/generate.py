@@ -149,7 +149,7 @@ def locate(model: str, adapter: Path | None, *, stop: Stop) -> tuple[Path, Path 
     if adapter is not None and not (adapter / "adapter_config.json").exists():
         adapter = _inside(adapter, "adapter", "adapter_config.json")
     if not folder.is_dir():
-        return _pulled(model, stop), adapter
+        return _pulled(model, stop=stop), adapter
     for candidate in (folder / "merged", folder):
         if (candidate / "config.json").exists():
             return candidate, adapter
@@ -185,7 +185,7 @@ def _base_name(adapter: Path) -> str:
     return f"hf://{name}@{revision}" if revision else f"hf://{name}"
 
 
-def _pulled(uri: str, stop: Stop) -> Path:
+def _pulled(uri: str, *, stop: Stop) -> Path:
     """Return where a source lies on this machine; it is pulled once and kept."""
     from job.pull import pull_one
 

@@ -25,7 +25,7 @@ from job.config import JobConfig
 
 log = structlog.get_logger()
 
-END_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 15.0
 LINE_BYTES = 4096  # PIPE_BUF: a write of at most so much goes whole or not at all.
 
 

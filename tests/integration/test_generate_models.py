@@ -102,7 +102,7 @@ def test_an_adapter_finds_the_base_that_it_names(
 ) -> None:
     """A Hub id with its commit, or a source, is pulled."""
     asked = []
-    monkeypatch.setattr(asking, "_pulled", lambda uri, stop: asked.append(uri) or tmp_path)
+    monkeypatch.setattr(asking, "_pulled", lambda uri, **_: asked.append(uri) or tmp_path)
     config = {"base_model_name_or_path": name, "revision": revision}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert asking.locate(str(tmp_path), None, stop=Stop()) == (tmp_path, tmp_path)

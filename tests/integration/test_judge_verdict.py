@@ -212,7 +212,7 @@ def test_batches_hold_no_more_than_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is the same in small batches and in large ones; every document is told of once."""
-    context, model, dataset, _ = _setting(tmp_path, "llama")
+    _, model, dataset, _ = _setting(tmp_path, "llama")
     base, _ = load_base(model.folder, device="cpu")
     documents = list(read_documents(dataset.folder / "held_out.arrow"))
     losses = []
