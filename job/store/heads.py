@@ -72,8 +72,9 @@ def _require_progress(head: Head, run_id: str, owner: str) -> None:
     ends = [end for end in head["ends"] if end["owner"] == owner and end["epoch"] > since]
     last = ends[-MAX_VANISHED:]
     places = {(end["code"], end["stage"], end["step"]) for end in last}
-    vanished = len(last) == MAX_VANISHED and len(places) == 1 and last[0]["code"] is None
-    if vanished:
+    same = len(last) == MAX_VANISHED and len(places) == 1
+    # At "start" nothing is known of the place: pods that were started at once look like this too.
+    if same and last[0]["code"] is None and last[0]["stage"] != "start":
         what = (
             f"{MAX_VANISHED} attempts vanished without a word in stage {last[0]['stage']}, "
             f"step {last[0]['step']} (out of memory?)"
