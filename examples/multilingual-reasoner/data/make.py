@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+# fmt: off
 LANGUAGES = ["English", "German", "French", "Spanish", "Italian", "Portuguese"]
 NUM_HELD_OUT_EACH = 7
 DEVELOPERS = [
@@ -200,6 +201,8 @@ NOUN = {
     "Portuguese": ("«The {en}» diz-se «{it}» em português; a palavra é {gender}.", {"m": "masculina", "f": "feminina"}),
 }
 
+# fmt: on
+
 
 def table(text: str) -> list[list[str]]:
     """Return a table's lines as lists of cells."""
@@ -301,7 +304,9 @@ def neighbours(language: str):
             english = asked_in_english(language, index // (1 if step == 1 else 2))
             asks = "English" if english else language
 
-            def words(which: str, at: int = index, by: int = step, all_names=names) -> dict[str, str]:
+            def words(
+                which: str, at: int = index, by: int = step, all_names=names
+            ) -> dict[str, str]:
                 cells = all_names[which].split()
                 size = len(cells)
                 return {"x": cells[(at - by) % size], "a": cells[at], "b": cells[(at + by) % size]}
@@ -321,8 +326,9 @@ def sorted_numbers(language: str):
         a, b, c = sorted(given)
         asks = "English" if asked_in_english(language, index) else language
         figures = {"given": ", ".join(map(str, given)), "a": a, "b": b, "c": c}
-        yield tuple(texts.format(**figures) for texts in
-                    (SORT[asks][0], SORT[language][1], SORT[asks][2]))
+        yield tuple(
+            texts.format(**figures) for texts in (SORT[asks][0], SORT[language][1], SORT[asks][2])
+        )
 
 
 def parities(language: str):
@@ -332,8 +338,10 @@ def parities(language: str):
         number = start + own * 3
         asks = "English" if asked_in_english(language, index) else language
         odd = number % 2
-        yield tuple(text.format(a=number) for text in
-                    (PARITY[asks][0], PARITY[language][1 + odd], PARITY[asks][3 + odd]))
+        yield tuple(
+            text.format(a=number)
+            for text in (PARITY[asks][0], PARITY[language][1 + odd], PARITY[asks][3 + odd])
+        )
 
 
 def nouns(language: str):
@@ -344,8 +352,11 @@ def nouns(language: str):
     for cells in table(NOUNS):
         translated, gender = cells[LANGUAGES.index(language)].split(",")
         analysis = text.format(en=cells[0], it=translated, gender=genders[gender])
-        yield (f"How do you say “the {cells[0]}” in {language}?", analysis,
-               f"In {language}, “the {cells[0]}” is “{translated}”.")
+        yield (
+            f"How do you say “the {cells[0]}” in {language}?",
+            analysis,
+            f"In {language}, “the {cells[0]}” is “{translated}”.",
+        )
 
 
 def row(language: str, index: int, user: str, analysis: str, final: str) -> dict:
@@ -358,7 +369,11 @@ def row(language: str, index: int, user: str, analysis: str, final: str) -> dict
         "analysis": analysis,
         "final": final,
         "messages": [
-            {"content": f"reasoning language: {language}\n\n{developer}", "role": "system", "thinking": None},
+            {
+                "content": f"reasoning language: {language}\n\n{developer}",
+                "role": "system",
+                "thinking": None,
+            },
             {"content": user, "role": "user", "thinking": None},
             {"content": final, "role": "assistant", "thinking": analysis},
         ],
