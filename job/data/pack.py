@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from job.data.tokens import Tokens
 
-OPEN_ROWS = 512
-"""Rows that wait for what fits: more fill better, and hold more in memory (4 KiB a kilo-token)."""
+OPEN_TOKENS = 1 << 20
+"""Room of the rows that wait for what fits: more fill better, and hold more memory (8 bytes each)."""
+FEWEST_OPEN, MOST_OPEN = 16, 512
 
 Pack = list[Tokens]
 
@@ -16,12 +17,13 @@ Pack = list[Tokens]
 class Packer:
     """Put each example into the fullest open row that it fits into.
 
-    Examples are never cut. Memory is bounded by ``OPEN_ROWS``; the result depends on the order of
+    Examples are never cut. Memory is bounded by ``OPEN_TOKENS``; the result depends on the order of
     the examples alone.
     """
 
     def __init__(self, max_length: int) -> None:
         self._max_length = max_length
+        self._most_open = min(max(OPEN_TOKENS // max_length, FEWEST_OPEN), MOST_OPEN)
         # (tokens left, serial): sorted, so that the first that is large enough fits best.
         self._room: list[tuple[int, int]] = []
         self._packs: dict[int, Pack] = {}
@@ -39,7 +41,7 @@ class Packer:
             self._serial += 1
             self._packs[serial] = [tokens]
         bisect.insort(self._room, (left - size, serial))
-        if self._room[0][0] < 2 or len(self._room) > OPEN_ROWS:
+        if self._room[0][0] < 2 or len(self._room) > self._most_open:
             yield self._packs.pop(self._room.pop(0)[1])
 
     def rest(self) -> Iterator[Pack]:

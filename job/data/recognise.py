@@ -9,7 +9,7 @@ from job.errors import ExitCode, JobError
 
 Shape = Literal["preference", "messages", "prompt+completion", "alpaca", "text", "mapping"]
 
-SAMPLE_ROWS = 1000
+SAMPLE_ROWS = 256
 TURN_COLUMNS = ("messages", "conversations", "conversation")
 # In the order of trust: a row of turns often carries its text or prompt in other columns as well.
 NEEDED: dict[Shape, tuple[tuple[str, ...], ...]] = {

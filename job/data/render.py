@@ -261,7 +261,9 @@ class Renderer:
 
     def _check(self, turn: Message, answer: str) -> None:
         """Refuse a trained turn of which the template leaves something out."""
-        if self._filled(turn["content"]).strip() not in answer:
+        assert self.template is not None
+        opened = self.template.opening.strip()  # the generation prompt says it, not the model
+        if self._filled(turn["content"]).strip().removeprefix(opened).strip() not in answer:
             raise RowFault("has an answer that the chat template does not render whole")
         if turn.get("thinking", "").strip() not in answer:
             raise RowFault(

@@ -165,9 +165,9 @@ class Encoder:
         """Return what ends an answer: the tokenizer's and the model's ends, and the template's."""
         names = {self.eos} if self.eos else set()
         for ending in template.endings if template else []:
-            found = self._special.search(ending)
-            names |= {found[0]} if found else set()
-        ids = {self._tokenizer.token_to_id(name) for name in names} - {None}
+            first = self._special.search(ending)
+            names |= {first[0]} if first else set()
+        ids = {found for name in names if (found := self._tokenizer.token_to_id(name)) is not None}
         for file in ("generation_config.json", "config.json"):
             value = _read_json(model / file).get("eos_token_id")
             ids |= set(value if isinstance(value, list) else [value]) - {None}

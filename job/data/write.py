@@ -6,11 +6,12 @@ from pathlib import Path
 
 from job.data.pack import Pack
 
-WRITE_ROWS = 256
+BATCH_TOKENS = 1 << 19
+"""Tokens that wait to be written: 8 bytes each in memory."""
 
 
 class Arrow:
-    """A stream of rows on disk, written some hundred at a time."""
+    """A stream of rows on disk, written many at a time."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -19,13 +20,15 @@ class Arrow:
         self._schema = pa.schema(kinds)
         self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._packs: list[Pack] = []
+        self._waiting = 0
         self.num_rows = 0
 
     def write(self, pack: Pack) -> None:
         """Add one row."""
         self._packs.append(pack)
         self.num_rows += 1
-        if len(self._packs) >= WRITE_ROWS:
+        self._waiting += sum(len(tokens.ids) for tokens in pack)
+        if self._waiting >= BATCH_TOKENS:
             self._flush()
 
     def close(self) -> None:
@@ -49,4 +52,4 @@ class Arrow:
             pa.ListArray.from_arrays(documents, lengths),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._packs = []
+        self._packs, self._waiting = [], 0
