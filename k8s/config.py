@@ -92,10 +92,10 @@ class ClusterConfig(Section):
     def _references(cls, value: dict[str, str]) -> dict[str, str]:
         for name, reference in value.items():
             if not ENV_NAME.match(name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"variable {name!r} has no valid name; use letters, digits and _")
             if not SECRET_REF.match(reference):
                 # The value itself is not repeated: somebody may have put the secret here.
-                raise ValueError(f"{name} must be SECRET/KEY, a Secret's name and one of its keys")
+                raise ValueError(f"variable {name} must be SECRET/KEY: a Secret and one of its keys")
         return value
 
     @field_validator("env")
@@ -103,12 +103,18 @@ class ClusterConfig(Section):
     def _no_secret(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
             if not ENV_NAME.match(name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"variable {name!r} has no valid name; use letters, digits and _")
             if name.startswith("LORA_JOB_"):
-                raise ValueError(f"{name} is set by the manifests; leave it out")
+                raise ValueError(f"variable {name} is set by the manifests; leave it out")
             if SECRET_NAME.search(name) or SECRET_VALUE.search(text):
-                raise ValueError(f"{name} looks like a secret; refer to it under secrets")
+                raise ValueError(f"variable {name} looks like a secret; refer to it under secrets")
         return value
+
+    @model_validator(mode="after")
+    def _one_place_each(self) -> ClusterConfig:
+        for name in sorted(set(self.secrets) & set(self.env)):
+            raise ValueError(f"variable {name} stands in secrets and in env; take one out")
+        return self
 
     @property
     def has_digest(self) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,20 @@ def connect(*, context: str | None = None, namespace: str | None = None) -> Clus
     from kubernetes.config.config_exception import ConfigException
     from kubernetes.config.kube_config import load_kube_config
 
+    # Retries are ours to tell of, not the connection pool's.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     configuration = Configuration()
     paths = _kubeconfigs()
     try:
         if paths:
             _require_context(paths, context)
-            load_kube_config(
-                config_file=os.pathsep.join(map(str, paths)),
-                context=context,
-                client_configuration=configuration,
-                persist_config=False,
-            )
+            with _plugin_errors_raised():
+                load_kube_config(
+                    config_file=os.pathsep.join(map(str, paths)),
+                    context=context,
+                    client_configuration=configuration,
+                    persist_config=False,
+                )
             namespace = namespace or _namespace_of(paths, context)
         else:
             namespace = namespace or _in_cluster(configuration)
@@ -42,6 +48,34 @@ def connect(*, context: str | None = None, namespace: str | None = None) -> Clus
         do = "log in again, or install the credential plugin it names"
         raise JobError(ExitCode.NOT_ALLOWED, "kubeconfig", what, do) from error
     return Cluster(ApiClient(configuration), namespace or "lora-job")
+
+
+class _Heard(logging.Handler):
+    """Keeps what is logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.said.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _plugin_errors_raised() -> Iterator[None]:
+    """Raise what the client only logs: a credential plugin that is absent, or that fails.
+
+    Without it we would go on as nobody, and be told that nobody may do this.
+    """
+    heard = _Heard()
+    logging.getLogger().addHandler(heard)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(heard)
+    if heard.said:
+        raise ValueError(heard.said[-1])
 
 
 def _kubeconfigs() -> list[Path]:

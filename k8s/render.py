@@ -52,8 +52,9 @@ def _on_codes(action: str, operator: str, values: list[int]) -> Object:
 
 
 def job_file(job: JobConfig) -> str:
-    """Return the job file that the pod reads: every setting, no comments, the same each time."""
-    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the job file that the pod reads: what its author set, without the comments."""
+    settings = job.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     refuse_secrets(text, where="the job file")
     return text
 

@@ -1,0 +1,240 @@
+"""Cluster files and kubeconfigs that are wrong: one clear line, the mend, the code, no traceback."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from job.config import JobConfig, parse
+from job.errors import JobError
+from k8s import cli
+from k8s.config import ClusterConfig, load_cluster
+from k8s.inputs import local_inputs, upload
+from k8s.render import job_file
+
+DIGEST = f"registry.example/lora-job@sha256:{'a' * 64}"
+TOKEN = "hf_" + "a" * 34
+JOB = """
+name: night
+device: cuda
+store: s3://models/adapters
+model: {source: "hf://Qwen/Qwen3-0.6B"}
+data: {source: "hf://org/data"}
+"""
+
+Types = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def types(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Types:
+    """Run a verb; return its exit code, stdout and stderr."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        code = cli.main([str(word) for word in words])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out, said.err
+
+    return run
+
+
+def _files(folder: Path, *, job: str = JOB, **cluster: Any) -> list[str | Path]:
+    (folder / "job.yaml").write_text(job)
+    raw = {"platform": "gke", "image": DIGEST, **cluster}
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(raw))
+    return [folder / "job.yaml", "--cluster", folder / "cluster.yaml"]
+
+
+def _kubeconfig(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
+    content: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "me", "user": {"token": "x"}}],
+        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "me"}}],
+        **changes,
+    }
+    path = folder / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    return path
+
+
+def test_all_faults_of_a_cluster_file_at_once(types: Types, tmp_path: Path) -> None:
+    """An unknown key names the near one; the platform, and too many GPUs, are told with it."""
+    words = _files(tmp_path, platform="gcp", memroy="8Gi", gpus=9)
+    code, out, err = types("render", *words)
+    assert (code, out) == (78, "")
+    assert "memroy: is not a known key; did you mean memory?" in err
+    assert "gpus" in err
+    assert "platform" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": "registry.example/lora-job@sha256:12"}, "image"),
+        ({"secrets": {"HF_TOKEN": TOKEN}}, "HF_TOKEN must be SECRET/KEY"),
+        ({"env": {"HF_TOKEN": "x"}}, "HF_TOKEN looks like a secret"),
+        ({"env": {"URL": "https://me:pass@host"}}, "URL looks like a secret"),
+        ({"env": {"LORA_JOB_OWNER": "x"}}, "set by the manifests"),
+        ({"secrets": {"A": "s/k"}, "env": {"A": "x"}}, "A stands in secrets and in env"),
+        ({"cache": {"claim": "a", "host_path": "/b"}}, "exactly one of claim and host_path"),
+        ({"memory": "lots"}, "memory"),
+        ({"namespace": "Not_A_Name"}, "namespace"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    types: Types, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """78, naming the field; a secret that stands in the file is not repeated."""
+    code, out, err = types("render", *_files(tmp_path, **changes))
+    assert (code, out) == (78, "")
+    assert said in err
+    assert TOKEN not in err
+    assert "pass@" not in err
+
+
+def test_a_cluster_file_that_is_not_there(types: Types, tmp_path: Path) -> None:
+    """66."""
+    words = _files(tmp_path)
+    (tmp_path / "cluster.yaml").unlink()
+    assert types("render", *words)[0] == 66
+
+
+def test_image_without_digest_is_refused_where_one_is_required(tmp_path: Path) -> None:
+    """require_digest makes the warning an error."""
+    _files(tmp_path, image="registry.example/lora-job:latest")
+    assert not load_cluster(tmp_path / "cluster.yaml").has_digest
+    _files(tmp_path, image="registry.example/lora-job:latest", require_digest=True)
+    with pytest.raises(JobError, match="make image push") as caught:
+        load_cluster(tmp_path / "cluster.yaml")
+    assert caught.value.code == 78
+
+
+@pytest.mark.parametrize("name", ["Night", "a" * 41, "night_1", "-night"])
+def test_names_too_long_or_no_dns_label(types: Types, tmp_path: Path, name: str) -> None:
+    """78 with the rule."""
+    code, _, err = types("render", *_files(tmp_path, job=JOB.replace("night", name)))
+    assert code == 78
+    assert "DNS label" in err
+
+
+@pytest.mark.parametrize(
+    "secret", [TOKEN, "AKIA" + "A" * 16, "s3://key:secret@bucket/x", "-----BEGIN PRIVATE KEY-----"]
+)
+def test_a_credential_in_the_job_file_is_refused(secret: str) -> None:
+    """It would lie readable in a ConfigMap; it is not repeated."""
+    job = parse(JOB, JobConfig, where="job")
+    data = job.data.model_copy(update={"source": f"./{secret}"})
+    with pytest.raises(JobError) as caught:
+        job_file(job.model_copy(update={"data": data}))
+    assert caught.value.code == 78
+    assert secret not in str(caught.value)
+
+
+def test_no_kubeconfig(types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """66 with the file that was looked for."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    code, _, err = types("status", "run")
+    assert code == 66
+    assert "there is no kubeconfig" in err
+    assert str(tmp_path / "absent") in err
+
+
+def test_no_such_context(types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """66 with the contexts that are there."""
+    _kubeconfig(tmp_path, monkeypatch)
+    code, _, err = types("list", "--context", "prod")
+    assert code == 66
+    assert "no context prod" in err
+    assert "use one of: here" in err
+
+
+def test_a_kubeconfig_that_is_no_yaml(
+    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """78."""
+    path = _kubeconfig(tmp_path, monkeypatch)
+    path.write_text("a: [")
+    assert types("list")[0] == 78
+
+
+def test_a_credential_plugin_that_is_not_installed(
+    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """77: gke-gcloud-auth-plugin and its like are named."""
+    run = {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-auth-plugin"}
+    _kubeconfig(tmp_path, monkeypatch, users=[{"name": "me", "user": {"exec": run}}])
+    code, _, err = types("list")
+    assert code == 77
+    assert "no-such-auth-plugin" in err
+
+
+def test_server_unreachable(types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """74 with the address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{free.getsockname()[1]}"
+    _kubeconfig(tmp_path, monkeypatch, clusters=[{"name": "c", "cluster": {"server": server}}])
+    code, _, err = types("list")
+    assert code == 74
+    assert f"{server}: can't be reached" in err
+
+
+def test_submit_creates_nothing_when_a_file_is_wrong(
+    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are checked before anything is asked of a server."""
+    _kubeconfig(tmp_path, monkeypatch)
+    assert types("submit", *_files(tmp_path, gpus=99))[0] == 78
+
+
+def test_local_data_goes_to_the_store_under_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder become `_inputs/<sha256>`; what is there is not sent again."""
+    from job.stop import Stop
+    from job.store.folder import FolderStore
+
+    remote = FolderStore(tmp_path / "remote", stop=Stop())
+    monkeypatch.setattr("job.store.open_store", lambda *_, **__: remote)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "held/a.jsonl").write_text("{}\n")
+    source = f'{{source: "{tmp_path}/train.jsonl", held_out: "{tmp_path}/held"}}'
+    job = parse(JOB.replace('{source: "hf://org/data"}', source), JobConfig, where="job")
+    assert set(local_inputs(job)) == {"data.source", "data.held_out"}
+    said: list[str] = []
+    sent = upload(job, stop=Stop(), say=said.append)
+    assert sent.data.source.startswith("s3://models/adapters/_inputs/")
+    assert sent.data.source.endswith("/train.jsonl")
+    assert len(said) == 2
+    assert not local_inputs(sent)
+    again = upload(job, stop=Stop(), say=said.append)
+    assert (again, len(said)) == (sent, 2)
+    assert again.run_name == sent.run_name != job.run_name
+    assert "_inputs" in job_file(sent)
+
+
+def test_local_data_that_is_not_there_is_66(tmp_path: Path) -> None:
+    """Named with its field."""
+    from job.stop import Stop
+
+    job = parse(JOB.replace("hf://org/data", f"{tmp_path}/no.jsonl"), JobConfig, where="job")
+    with pytest.raises(JobError, match=r"data\.source") as caught:
+        upload(job, stop=Stop(), say=lambda _: None)
+    assert caught.value.code == 66
+
+
+def test_the_cluster_file_keeps_its_promises() -> None:
+    """Frozen, and safe by itself: on-demand, one GPU, the namespace of the set-up manifests."""
+    cluster = ClusterConfig.model_validate({"platform": "aks", "image": DIGEST})
+    assert (cluster.capacity, cluster.gpus, cluster.namespace) == ("on-demand", 1, "lora-job")

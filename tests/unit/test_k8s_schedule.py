@@ -1,0 +1,71 @@
+"""When a schedule fires, and what can never fire."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from job.errors import JobError
+from k8s.schedule import next_times, require_name
+
+AFTER = datetime(2026, 3, 28, 12, tzinfo=UTC)
+
+
+def _utc(cron: str, zone: str, count: int = 2) -> list[str]:
+    found = next_times(cron, zone, after=AFTER, count=count)
+    return [moment.astimezone(UTC).strftime("%m-%d %H:%M") for moment in found]
+
+
+def test_times_follow_the_zone_through_a_change_of_clocks() -> None:
+    """Berlin's clocks go forward on 29 March 2026: three at night is 02:00, then 01:00 UTC."""
+    assert _utc("0 4 * * *", "Europe/Berlin") == ["03-29 02:00", "03-30 02:00"]
+    assert _utc("0 4 * * *", "Etc/UTC") == ["03-29 04:00", "03-30 04:00"]
+    assert _utc("@daily", "Etc/UTC", 1) == ["03-29 00:00"]
+    assert _utc("30 1 * * MON-FRI", "America/New_York", 1) == ["03-30 05:30"]
+
+
+@pytest.mark.parametrize(
+    ("cron", "said"),
+    [
+        ("0 0 30 2 *", "day-of-month"),
+        ("0 0 31 4,6,9,11 *", "day-of-month"),
+        ("61 0 * * *", "minute"),
+        ("0 25 * * *", "hour"),
+        ("* * * *", "five fields"),
+        ("0 0 2 * * *", "five fields"),
+        ("@reboot", "five fields"),
+        ("CRON_TZ=Europe/Berlin 0 2 * * *", "five fields"),
+        ("0 2 L * *", "L, W or #"),
+        ("0 2 * * 1#2", "L, W or #"),
+        ("0 2 * * 7", "Sunday is 0"),
+        ("", "five fields"),
+    ],
+)
+def test_a_line_that_never_fires_or_is_not_kubernetes_own(cron: str, said: str) -> None:
+    """78, naming the line."""
+    with pytest.raises(JobError, match=said) as caught:
+        next_times(cron, "Etc/UTC", after=AFTER)
+    assert caught.value.code == 78
+    assert cron in str(caught.value)
+
+
+@pytest.mark.parametrize("cron", ["0 2 * * WED", "0 2 * JUL *", "*/15 * * * 1-5", "0 2 29 2 *"])
+def test_lines_that_fire(cron: str) -> None:
+    """Names with W or L in them, steps, and the 29th of February are fine."""
+    assert len(next_times(cron, "Etc/UTC", after=AFTER)) == 3
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berln", "", "Local", "../etc/passwd", "MESZ"])
+def test_a_time_zone_that_does_not_exist(zone: str) -> None:
+    """78; "Local" too, which Kubernetes refuses."""
+    with pytest.raises(JobError, match="tz database") as caught:
+        next_times("0 2 * * *", zone, after=AFTER)
+    assert caught.value.code == 78
+
+
+def test_names_leave_room_for_what_kubernetes_adds() -> None:
+    """A CronJob's name has at most 52 characters."""
+    require_name("a" * 52)
+    with pytest.raises(JobError, match="53 characters"):
+        require_name("a" * 53)
