@@ -20,6 +20,7 @@ import urllib3
 Object = dict[str, Any]
 T = TypeVar("T")
 
+BATCH = "/apis/batch/v1/namespaces/{}"
 PATCH = {
     "merge": "application/merge-patch+json",
     "json": "application/json-patch+json",
@@ -44,6 +45,7 @@ class Api:
 
     def __init__(self, server: str, authority: Path, token: str) -> None:
         self.server = server
+        self._nodes: list[str] = []
         self._http = urllib3.PoolManager(
             ssl_context=ssl.create_default_context(cafile=str(authority)),
             headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
@@ -171,6 +173,7 @@ class Api:
         taints: list[dict[str, str]] | None = None,
     ) -> None:
         """Add a node that is ready and has room, GPUs included, but runs nothing."""
+        self._nodes.append(name)
         spec = {"taints": taints or []}
         metadata = {"name": name, "labels": {"kubernetes.io/hostname": name} | (labels or {})}
         self.create("/api/v1/nodes", {"metadata": metadata, "spec": spec})
@@ -240,6 +243,19 @@ class Api:
                 path = f"/api/v1/namespaces/{namespace}/pods/{pod['metadata']['name']}"
                 with contextlib.suppress(Refused):
                     self.delete(path, now=True)
+
+    def clear(self, namespace: str) -> None:
+        """Delete what runs in ``namespace``, and all nodes that :meth:`add_node` added."""
+        for collection in (f"{BATCH}/cronjobs", f"{BATCH}/jobs", "/api/v1/namespaces/{}/pods"):
+            for item in self.get(collection.format(namespace))["items"]:
+                path = f"{collection.format(namespace)}/{item['metadata']['name']}"
+                with contextlib.suppress(Refused):
+                    if item["metadata"].get("finalizers"):
+                        self.patch(path, {"metadata": {"finalizers": None}})
+                    self.delete(path, now=True)
+        while self._nodes:
+            with contextlib.suppress(Refused):
+                self.delete(f"/api/v1/nodes/{self._nodes.pop()}")
 
     def _write_status(self, namespace: str, name: str, status: Object) -> None:
         path = f"/api/v1/namespaces/{namespace}/pods/{name}/status"

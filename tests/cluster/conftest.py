@@ -34,6 +34,11 @@ def controllers(plane: ControlPlane) -> ControlPlane:
 
 
 @pytest.fixture
-def namespace(plane: ControlPlane) -> str:
-    """A fresh namespace that enforces Pod Security's level restricted."""
-    return plane.namespace()
+def namespace(plane: ControlPlane) -> Iterator[str]:
+    """A fresh namespace that enforces Pod Security's level restricted.
+
+    Afterwards nothing in it runs any more, and nodes that the test added are gone.
+    """
+    name = plane.namespace()
+    yield name
+    plane.clear(name)
