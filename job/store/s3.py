@@ -10,6 +10,7 @@ import copy
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,6 @@ MAX_PARTS = 9_000
 REQUESTS_AT_ONCE = 8
 PARTS_AHEAD = 4
 """Parts of one file in memory: with four files, at most 128 MiB."""
-DELETE_AT_ONCE = 1_000
 
 
 class S3Store:
@@ -256,20 +256,14 @@ class S3Store:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete keys; absent ones are no error."""
-        names = [{"Key": self._at(key)["Key"]} for key in keys]
-        for start in range(0, len(names), DELETE_AT_ONCE):
-            self._delete_some(names[start : start + DELETE_AT_ONCE])
 
-    def _delete_some(self, names: Sequence[dict[str, str]]) -> None:
-        request = {"Bucket": self._bucket, "Delete": {"Objects": names, "Quiet": True}}
-        answer = self.ask(names[0]["Key"], lambda: self._client.delete_objects(**request))
-        for fault in answer.get("Errors", []):
-            if fault.get("Code") != "NoSuchKey":
-                what = f"could not be deleted ({fault.get('Code')}: {fault.get('Message')})"
-                do = "allow s3:DeleteObject there"
-                raise JobError(
-                    ExitCode.NOT_ALLOWED, f"s3://{self._bucket}/{fault['Key']}", what, do
-                )
+        def delete_one(key: str) -> None:
+            # Not DeleteObjects: it needs a checksum that not all servers understand alike.
+            with contextlib.suppress(MissingError):
+                self.ask(key, lambda: self._client.delete_object(**self._at(key)))
+
+        deleted = ordered(self._pool, delete_one, keys, window=REQUESTS_AT_ONCE, stop=self.stop)
+        deque(deleted, maxlen=0)
 
     def sweep(self, prefix: str, *, older_than_s: float = 0.0) -> None:
         """Abort multipart uploads that were begun below ``prefix`` and never ended."""

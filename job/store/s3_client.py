@@ -21,6 +21,8 @@ BUSY = {
     "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
     "TooManyRequests",
 }  # fmt: skip
+SERVER_FAULTS = set(range(500, 600)) - {501}
+"""All but NotImplemented, which stays so however often it is asked."""
 REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "507"}
@@ -47,9 +49,11 @@ def make_client() -> Any:
     from botocore.exceptions import BotoCoreError
 
     try:
-        client = boto3.client("s3", config=_config("when_supported"))
+        # A session of our own: the default one keeps the first credentials that it met.
+        session = boto3.session.Session()
+        client = session.client("s3", config=_config("when_supported"))
         if not (urlsplit(client.meta.endpoint_url).hostname or "").endswith("amazonaws.com"):
-            client = boto3.client("s3", config=_config("when_required"))
+            client = session.client("s3", config=_config("when_required"))
     except (BotoCoreError, ValueError) as error:
         what = f"the AWS settings are wrong: {error}"
         do = "mend AWS_ENDPOINT_URL, AWS_PROFILE or AWS_DEFAULT_REGION"
@@ -110,7 +114,7 @@ def _refused(answer: Mapping[str, Any], where: str) -> Exception:
         return MissingError(said)
     if code in ("PreconditionFailed", "412"):
         return PreconditionError(said)
-    if code not in FULL and (code in BUSY or status >= 500 or status in (409, 429)):
+    if code not in FULL and (code in BUSY or status in (409, 429) or status in SERVER_FAULTS):
         return TransientError(said, retry_after_s=_seconds(meta.get("HTTPHeaders", {})))
     exit_code, what, do = _mistake(code, status)
     return JobError(exit_code, where, f"{what} ({said})", do)
