@@ -4,6 +4,8 @@ UV := .tools/uv/bin/uv
 RUN := .venv/bin
 # uv trusts the machine's own certificates, as pip and git do.
 export UV_SYSTEM_CERTS ?= 1
+# Compiled once here, or every process of every test would compile torch and transformers again.
+export UV_COMPILE_BYTECODE = 1
 # Two test workers on two cores: more threads in each would only fight.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN)/python -m pytest
 
