@@ -1,0 +1,256 @@
+"""Copies for the Hugging Face Hub: one commit a repository, compared, verified, never repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from job.config import HubSection
+from job.errors import ExitCode, JobError
+from job.files import list_files, sha256_file
+from job.progress import Progress
+from job.retry import TransientError, retry
+from job.stop import Stop
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".bin.index.json")
+BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+class MovedError(TransientError):
+    """The repository's head is no longer the one that the commit was built on (412)."""
+
+
+def api() -> Any:
+    """Return a client of the Hub that ``HF_ENDPOINT`` names, with the environment's token."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="lora-job")
+
+
+@contextlib.contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn the client's exceptions into a JobError, or a TransientError if it may pass."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise JobError(
+            ExitCode.NOT_FOUND,
+            where,
+            "is not on this machine, and HF_HUB_OFFLINE is set",
+            "pull it once with the network, or unset HF_HUB_OFFLINE",
+        ) from None
+    except HfHubHTTPError as error:
+        raise _explained(where, error) from error
+    except httpx2.HTTPError as error:
+        raise TransientError(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        # The client wraps what an upload's thread raised: Error while uploading '…' to the Hub.
+        if not isinstance(error.__cause__, httpx2.HTTPError):
+            raise
+        with hub_errors(where):
+            raise error.__cause__ from error
+
+
+def _explained(where: str, error: Any) -> Exception:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = error.response.status_code
+    if status == 412:
+        return MovedError("the repository has a newer commit")
+    if status in BUSY:
+        return TransientError(
+            f"the Hub answered {status}", retry_after_s=_reset_s(error.response.headers)
+        )
+    said = " ".join(str(error.server_message or "").split()) or f"answer {status}"
+    if isinstance(error, GatedRepoError):
+        do = "accept its terms on its page, and set HF_TOKEN to a token that may read it"
+        code, what = ExitCode.NOT_ALLOWED, "is gated, and we are not let in"
+    elif isinstance(error, RevisionNotFoundError):
+        do = "name a branch, tag or commit that it has"
+        code, what = ExitCode.NOT_FOUND, "has no such revision"
+    elif status == 404 or isinstance(error, RepositoryNotFoundError):
+        do = "see the name; if it is private, set HF_TOKEN"
+        code, what = ExitCode.NOT_FOUND, "is not on the Hub, or is private"
+    elif status in (401, 403):
+        do = "set HF_TOKEN to a token that may do this"
+        code, what = ExitCode.NOT_ALLOWED, f"the Hub refused: {said}"
+    else:
+        do = "see the Hub's answer"
+        code, what = ExitCode.STORE, f"the Hub refused: {said}"
+    return JobError(code, where, what, do)
+
+
+def _reset_s(headers: Any) -> float:
+    """Return for how many seconds the server asks us to wait."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    after = headers.get("Retry-After", "")
+    return float(after) if after.isdigit() else 0.0
+
+
+def interruptible(call: Callable[[], T], *, stop: Stop, progress: Progress) -> T:
+    """Return ``call()``, but raise as soon as a stop is asked for, whatever it waits for.
+
+    The client sleeps inside its own calls (a 429 may ask for minutes), where it hears nothing. It
+    is left behind in a daemon thread: what it may still do is one whole commit, or nothing.
+    """
+    result: list[T] = []
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def body() -> None:
+        try:
+            result.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            errors.append(error)
+        over.set()
+
+    threading.Thread(target=body, daemon=True, name="hub").start()
+    while not over.wait(0.2):
+        stop.check()
+        progress.update()
+    if errors:
+        raise errors[0]
+    return result[0]
+
+
+def check_access(section: HubSection, *, stop: Stop, progress: Progress) -> None:
+    """Make sure, before any GPU time, that a token is there and the Hub takes it.
+
+    Raises:
+        JobError: 77 if not.
+    """
+    if section.adapter is None and section.merged is None:
+        return
+
+    def ask() -> None:
+        with hub_errors("publish.hub"):
+            if api().token is None and not _has_token():
+                raise JobError(
+                    ExitCode.NOT_ALLOWED,
+                    "publish.hub",
+                    "needs a token, and there is none",
+                    "set HF_TOKEN to a token that may write",
+                )
+            api().whoami()
+
+    retry("publish.hub", lambda: interruptible(ask, stop=stop, progress=progress), stop=stop)
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def publish_folder(
+    repo_id: str, folder: Path, *, private: bool, message: str, stop: Stop, progress: Progress
+) -> str:
+    """Bring a model repository's head to the files of ``folder``, in one commit; return it.
+
+    What is there already is not committed again, so that a lost answer to our own success, or a
+    second attempt, ends with the same commit. Weights of an earlier version that this one lacks
+    are removed; other people's files stay.
+
+    Raises:
+        JobError: 70 if the Hub does not hold what was sent, 74 past the deadline, 77 not allowed.
+    """
+    where = f"hf://{repo_id}"
+    files = {name: _Local(folder / name, stop) for name in list_files(folder)}
+
+    def attempt() -> str:
+        with hub_errors(where):
+            return _one_commit(repo_id, files, private=private, message=message)
+
+    # A head that moves all the time ends at the deadline, like a busy server.
+    commit = retry(where, lambda: interruptible(attempt, stop=stop, progress=progress), stop=stop)
+    retry(where, lambda: _verify(repo_id, commit, files), stop=stop)
+    log.info("hub_published", repository=repo_id, commit=commit, num_files=len(files))
+    return commit
+
+
+class _Local:
+    """A file to publish: its size, and its digests when they are asked for the first time."""
+
+    def __init__(self, path: Path, stop: Stop) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self.sha256 = sha256_file(path, tick=stop.check)
+
+    def git_sha1(self) -> str:
+        body = self.path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
+
+    def equals(self, remote: Any) -> bool:
+        """Whether the Hub's tree entry is this file."""
+        if remote is None or remote.size != self.size:
+            return False
+        if remote.lfs is not None:
+            return bool(remote.lfs.sha256 == self.sha256)
+        return bool(remote.blob_id == self.git_sha1())
+
+
+def _tree(repo_id: str, commit: str) -> dict[str, Any]:
+    entries = api().list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+
+
+def _one_commit(repo_id: str, files: dict[str, _Local], *, private: bool, message: str) -> str:
+    """Compare with the head, upload what differs, commit upon that head; return the new head."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    hub = api()
+    hub.create_repo(repo_id, private=private, exist_ok=True)
+    head = str(hub.repo_info(repo_id, revision="main").sha)
+    there = _tree(repo_id, head)
+    changed = {name: file for name, file in files.items() if not file.equals(there.get(name))}
+    stale = [name for name in there if name.endswith(WEIGHTS) and name not in files]
+    if not changed and not stale:
+        return head
+    # Operations remember a try that failed (uploaded, ignored): each try gets new ones.
+    adds = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=f.path) for n, f in changed.items()]
+    for add in adds:
+        add.upload_info.sha256 = bytes.fromhex(files[add.path_in_repo].sha256)
+    hub.preupload_lfs_files(repo_id, additions=adds, free_memory=False)
+    commit = hub.create_commit(
+        repo_id,
+        operations=[*adds, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+        commit_message=message,
+        parent_commit=head,
+    )
+    return str(commit.oid)
+
+
+def _verify(repo_id: str, commit: str, files: dict[str, _Local]) -> None:
+    with hub_errors(f"hf://{repo_id}@{commit}"):
+        there = _tree(repo_id, commit)
+    wrong = [name for name, file in files.items() if not file.equals(there.get(name))]
+    if wrong:
+        raise JobError(
+            ExitCode.NOT_PROVEN,
+            f"hf://{repo_id}@{commit}",
+            f"the Hub holds other bytes than were sent: {', '.join(wrong[:3])}",
+            "publish again; the copy in the store is whole",
+        )

@@ -1,0 +1,55 @@
+"""A file or a folder of this machine: used where it lies, hashed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.files import list_files
+from job.pull.pin import Means, Pin, PinnedFile, SourceKind, not_found
+from job.pull.select import card_of, selected
+
+
+def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
+    """Pin a path by the sha256 of its files.
+
+    The pin carries no path of this machine: it goes into the store, and into the model card.
+
+    Raises:
+        JobError: 66 if there is nothing, 65 if a model there has only pickles.
+    """
+    path = locate(uri)
+    return pinned(path, f"file:{path.resolve().name}", kind, means, where=uri)
+
+
+def locate(uri: str) -> Path:
+    """Return where the source lies."""
+    path = Path(uri).expanduser()
+    if not path.exists():
+        raise not_found(
+            uri, "is not there", "name a source that is: hf://, s3://, package: or a path"
+        )
+    return path
+
+
+def pinned(
+    path: Path,
+    uri: str,
+    kind: SourceKind,
+    means: Means,
+    *,
+    where: str,
+    revision: str | None = None,
+) -> Pin:
+    """Return the pin of a file, or of what is used of a folder."""
+    folder = path if path.is_dir() else path.parent
+    names = list_files(path) if path.is_dir() else [path.name]
+
+    files = {
+        name: PinnedFile(
+            size=(folder / name).stat().st_size,
+            sha256=means.hashes.sha256(folder / name, tick=means.tick),
+        )
+        for name in selected(names, kind, where=where)
+    }
+    licence = card_of(folder).get("license")
+    return Pin(uri=uri, revision=revision, license=licence and str(licence), files=files)
