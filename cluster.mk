@@ -6,6 +6,9 @@ BASE ?= docker.io/library/debian:bookworm-slim
 BUILD_FLAGS ?=
 PUSH_FLAGS ?=
 
+submit: setup ## Run JOB=job.yaml on CLUSTER=cluster.yaml (FLAGS=--follow shows it to the end)
+	$(RUN)/lora-job submit $(JOB) --cluster $(CLUSTER) $(FLAGS)
+
 image: ## Build the image (IMAGE=registry/name:tag, BASE=another Debian)
 	$(BUILDER) build $(BUILD_FLAGS) --build-arg BASE=$(BASE) --file docker/Dockerfile --tag $(IMAGE) .
 
@@ -24,7 +27,10 @@ node-tools: ## Install what a real node needs (apt, as root) and build its kubel
 test-node: setup node-tools ## The whole mission on a real node (needs root)
 	$(PYTEST) tests/node
 
+bench-cluster: setup control-plane ## The verbs of a cluster among 5,000 finished runs
+	PYTHONPATH=tests $(RUN)/python tests/bench/bench_cluster.py
+
 lock-image: .tools/uv/.installed ## Compile the image's locks anew, within the versions of dev.txt
 	docker/lock.sh $(UV)
 
-.PHONY: image push control-plane test-cluster node-tools test-node lock-image
+.PHONY: submit image push control-plane test-cluster node-tools test-node bench-cluster lock-image

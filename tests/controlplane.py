@@ -45,10 +45,13 @@ class ControlPlane(Api):
     Args:
         folder: Where data, certificates, kubeconfigs and logs go.
         minor: Kubernetes minor, such as ``1.34``.
-        address: Where the API server listens beside loopback, for nodes.
+        address: Where the API server listens; nodes need one that is not loopback.
+        controllers: Whether Jobs become pods.
     """
 
-    def __init__(self, folder: Path, minor: str, *, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, folder: Path, minor: str, *, address: str = "127.0.0.1", controllers: bool = True
+    ) -> None:
         found = programs(minor)
         if found is None:
             raise RuntimeError(f"Kubernetes {minor} is not built; run tests/cluster/build.sh")
@@ -65,7 +68,7 @@ class ControlPlane(Api):
         super().__init__(self.server, self.authority.certificate, ADMIN)
         self._etcd = self._etcd_server(peer)
         self._apiserver = self._api_server()
-        self._others = [self._other(name) for name in self._other_names()]
+        self._others = [self._other(name) for name in self._other_names() if controllers]
 
     # Processes
 
@@ -229,11 +232,9 @@ class ControlPlane(Api):
 
 
 @contextlib.contextmanager
-def control_plane(
-    folder: Path, minor: str, *, address: str = "127.0.0.1"
-) -> Iterator[ControlPlane]:
+def control_plane(folder: Path, minor: str, **options: Any) -> Iterator[ControlPlane]:
     """Run a control plane, and stop it by its processes' ids whatever happens."""
-    plane = ControlPlane(folder, minor, address=address)
+    plane = ControlPlane(folder, minor, **options)
     try:
         plane.start()
         yield plane

@@ -14,13 +14,14 @@ PROGRAM = Path(__file__).parents[1] / ".tools/bin/toxiproxy"
 
 
 class Proxy:
-    """A port on loopback that leads to ``upstream`` until it is told otherwise."""
+    """A port that leads to ``upstream`` until it is told otherwise."""
 
-    def __init__(self, api: str, name: str, port: int, upstream: str) -> None:
-        self.port = port
+    def __init__(self, api: str, name: str, listen: str, upstream: str) -> None:
+        self.listen = listen
+        self.port = int(listen.rpartition(":")[2])
         self._path = f"{api}/proxies/{name}"
         self._http = urllib3.PoolManager()
-        body = {"name": name, "listen": f"127.0.0.1:{port}", "upstream": upstream}
+        body = {"name": name, "listen": listen, "upstream": upstream}
         self._ask("POST", f"{api}/proxies", body)
 
     def cut(self) -> None:
@@ -48,18 +49,21 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def toxiproxy(folder: Path, **upstreams: str) -> Iterator[dict[str, Proxy]]:
-    """Run toxiproxy with a proxy for each named upstream (``host:port``)."""
+def toxiproxy(
+    folder: Path, *, address: str = "127.0.0.1", **upstreams: str
+) -> Iterator[dict[str, Proxy]]:
+    """Run toxiproxy with a proxy at ``address`` for each named upstream (``host:port``)."""
     if not PROGRAM.exists():
         raise RuntimeError("toxiproxy is not built; run tests/cluster/build.sh toxiproxy")
-    api, *ports = free_ports(1 + len(upstreams))
+    [api] = free_ports(1)
+    ports = free_ports(len(upstreams), address)
     command = [PROGRAM, "-host", "127.0.0.1", "-port", str(api)]
     server = Server(command, folder / "toxiproxy.log").start()
     try:
         server.ready(lambda: listens(api), within_s=20)
         base = f"http://127.0.0.1:{api}"
         yield {
-            name: Proxy(base, name, port, upstream)
+            name: Proxy(base, name, f"{address}:{port}", upstream)
             for (name, upstream), port in zip(upstreams.items(), ports, strict=True)
         }
     finally:
