@@ -95,7 +95,9 @@ class ClusterConfig(Section):
                 raise ValueError(f"variable {name!r} has no valid name; use letters, digits and _")
             if not SECRET_REF.match(reference):
                 # The value itself is not repeated: somebody may have put the secret here.
-                raise ValueError(f"variable {name} must be SECRET/KEY: a Secret and one of its keys")
+                raise ValueError(
+                    f"variable {name} must be SECRET/KEY: a Secret and one of its keys"
+                )
         return value
 
     @field_validator("env")

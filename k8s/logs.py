@@ -6,6 +6,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
+import structlog
+
 from job.errors import ExitCode, JobError
 from job.stop import Stop
 from k8s.cluster import Cluster, CutError, NotFoundError
@@ -13,6 +15,8 @@ from k8s.render import SINGLE_WRITER, STORE, Object
 from k8s.runs import condition, container, missing, observe
 from k8s.stored import read_logs
 from k8s.watch import changes, until
+
+log = structlog.get_logger()
 
 Write = Callable[[bytes], None]
 
@@ -72,11 +76,14 @@ def stream(cluster: Cluster, pod: str, write: Write, stop: Stop) -> None:
         position.rest = b""
         try:
             _copy(cluster.log(pod, follow="true", **position.query), position, write)
-        except CutError:
-            stop.wait(0.5)
         except NotFoundError:
             return
-        found = until(lambda: cluster.get("Pod", pod), wait=stop.wait)
+        except JobError as error:
+            if error.code not in (ExitCode.STORE, ExitCode.NOT_ALLOWED):
+                raise
+            # Asking for the pod tells whether it has passed.
+            stop.wait(0.5)
+        found = until(lambda: cluster.get("Pod", pod), wait=stop.wait, allowed_before=True)
         if found is None:
             return
         if has_ended(found):
@@ -91,8 +98,10 @@ def _finish(cluster: Cluster, pod: str, position: Position, write: Write, stop: 
         _copy(cluster.log(pod, **position.query), position, write)
 
     try:
-        until(rest, wait=stop.wait, seconds=30.0)
-    except (CutError, NotFoundError):
+        until(rest, wait=stop.wait, allowed_before=True, away_s=30.0)
+    except (CutError, NotFoundError) as error:
+        # Its node is gone, say. The attempt's own copy of the log is in the store.
+        log.warning("log_cut_short", pod=pod, reason=str(error))
         return
     if position.rest:
         write(position.rest + b"\n")
@@ -129,7 +138,7 @@ def follow(
         if not jobs and not known:
             raise missing(cluster, name)
         known = True
-        _, pods = until(lambda: observe(cluster, name), wait=stop.wait)
+        _, pods = until(lambda: observe(cluster, name), wait=stop.wait, allowed_before=True)
         fresh = [pod for pod in in_order(pods) if pod["metadata"]["name"] not in done]
         for pod in filter(has_begun, fresh):
             stream(cluster, pod["metadata"]["name"], write, stop)

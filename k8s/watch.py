@@ -5,31 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from job.errors import ExitCode, JobError
 from k8s.cluster import Cluster, CutError, GoneError
 from k8s.render import Object
 
 T = TypeVar("T")
 
+Wait = Callable[[float], None]
 
-def until(call: Callable[[], T], *, wait: Callable[[float], None], seconds: float = 300.0) -> T:
-    """Return ``call()``, again while the server is away, for at most ``seconds``."""
+AWAY_S, FORGETFUL_S = 300.0, 30.0
+
+
+def until(
+    call: Callable[[], T], *, wait: Wait, allowed_before: bool = False, away_s: float = AWAY_S
+) -> T:
+    """Return ``call()``, again while the server is away, for at most ``away_s`` seconds.
+
+    An API server that has just started knows no Roles yet and refuses everybody: what was
+    ``allowed_before`` is asked again for half a minute.
+
+    Raises:
+        CutError: the server stayed away.
+        JobError: what the server refuses.
+    """
     pause, waited = 0.5, 0.0
     while True:
         try:
             return call()
-        except CutError:
-            if waited > seconds:
+        except JobError as error:
+            away = isinstance(error, CutError)
+            forgetful = allowed_before and error.code is ExitCode.NOT_ALLOWED
+            if not (away and waited < away_s) and not (forgetful and waited < FORGETFUL_S):
                 raise
             wait(pause)
             waited, pause = waited + pause, min(10.0, pause * 2)
 
 
 def changes(
-    cluster: Cluster, kind: str, *, wait: Callable[[float], None], seconds: int = 300, **query: Any
+    cluster: Cluster, kind: str, *, wait: Wait, seconds: int = 300, **query: Any
 ) -> Iterator[list[Object]]:
     """Yield all selected objects, again after each change, over cuts, 410s and server restarts."""
+    known = False
     while True:
-        body = until(lambda: cluster.page(kind, **query), wait=wait)
+        body = until(lambda: cluster.page(kind, **query), wait=wait, allowed_before=known)
+        known = True
         found = {item["metadata"]["name"]: item for item in body["items"]}
         yield list(found.values())
         version = body["metadata"]["resourceVersion"]
@@ -43,5 +62,8 @@ def changes(
                 yield list(found.values())
         except GoneError:
             continue
-        except CutError:
+        except JobError as error:
+            if error.code not in (ExitCode.STORE, ExitCode.NOT_ALLOWED):
+                raise
+            # Listing anew tells whether it has passed.
             wait(0.5)

@@ -1,0 +1,172 @@
+"""A run is put together from whatever is left of it: Job, pods, last words, store."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from k8s.runs import assemble
+from k8s.status import print_list, print_status, span
+from k8s.stored import Stored, impatient
+
+Object = dict[str, Any]
+
+START = 1_795_312_800.0  # 2026-11-22T02:00:00Z
+RUN = "night-1a2b3c4d"
+
+
+def _job(*conditions: Object) -> Object:
+    container = {"resources": {"limits": {"nvidia.com/gpu": "2"}}}
+    return {
+        "metadata": {
+            "name": RUN,
+            "namespace": "lora-job",
+            "creationTimestamp": "2026-11-22T02:00:00Z",
+            "annotations": {
+                "lora-job/store": "s3://models/adapters",
+                "lora-job/price-per-gpu-hour": "3",
+            },
+        },
+        "spec": {"template": {"spec": {"containers": [container]}}},
+        "status": {"conditions": list(conditions)},
+    }
+
+
+def _pod(name: str, minute: int, state: Object, phase: str = "Running") -> Object:
+    created = f"2026-11-22T02:{minute:02}:00Z"
+    return {
+        "metadata": {"name": name, "creationTimestamp": created},
+        "spec": {"nodeName": "node-7"},
+        "status": {"phase": phase, "containerStatuses": [{"name": "job", "state": state}]},
+    }
+
+
+def _ended(code: int, begin: int, end: int, message: str = "", reason: str = "Error") -> Object:
+    times = {"startedAt": _at(begin), "finishedAt": _at(end)}
+    return {"terminated": {"exitCode": code, "reason": reason, "message": message, **times}}
+
+
+def _at(minute: int) -> str:
+    return f"2026-11-22T02:{minute:02}:00Z"
+
+
+HEAD = {
+    "epoch": 2,
+    "started": START,
+    "state": "running",
+    "heartbeat": START + 1750,
+    "checkpoint": {"step": 40, "epoch": 1},
+    "progress": {
+        "stage": "train",
+        "step": 52,
+        "num_steps": 120,
+        "loss": 1.2345,
+        "tokens_per_s": 8123.4,
+        "eta_s": 754,
+    },
+    "ends": [{"epoch": 1, "code": 75, "stage": "train", "step": 40}],
+}
+FIRST_END = {
+    "code": 75,
+    "name": "preempted",
+    "what": "stopped by SIGTERM",
+    "do": "start it again",
+    "started": _at(1),
+    "ended": _at(11),
+}
+
+
+def test_a_running_second_attempt_on_one_screen() -> None:
+    """State, stage, step, loss, speed, ETA, attempt, why the last one ended, hours, cost."""
+    running = _pod("p2", 12, {"running": {"startedAt": _at(12)}})
+    run = assemble(RUN, _job(), [running], Stored(HEAD, (FIRST_END,)), now=START + 1800)
+    out = io.StringIO()
+    print_status(run, out, now=START + 1800)
+    text = out.getvalue()
+    for part in (
+        "running for 30 min",
+        "train",
+        "52 of 120, loss 1.2345, 8,123 tokens/s",
+        "12 min 34 s",
+        "step 40",
+        "2, pod p2 on node-7",
+        "75 preempted: stopped by SIGTERM; start it again",
+    ):
+        assert part in text, text
+    # Ten minutes of the first attempt and eighteen of this one, on two GPUs, at 3 an hour.
+    assert run.gpu_hours == round(2 * 28 / 60, 3)
+    assert run.cost == round(run.gpu_hours * 3, 2)
+
+
+def test_after_the_pods_the_store_still_tells() -> None:
+    """A finished Job without pods: code and receipt come from the store."""
+    receipt = {"uri": "s3://models/adapters/night/versions/v", "channel": None}
+    head = {**HEAD, "state": "published:v", "ends": [{"epoch": 2, "code": 0}]}
+    end = {**FIRST_END, "code": 0, "started": _at(12), "ended": _at(30)}
+    done = {"type": "Complete", "status": "True", "lastTransitionTime": _at(31)}
+    for job in (_job(done), None):
+        run = assemble(RUN, job, [], Stored(head, (FIRST_END, end), receipt), now=START + 9000)
+        assert (run.state, run.code, run.receipt) == ("succeeded", 0, receipt)
+        assert run.ended is not None
+        json.dumps(run.as_json())
+
+
+def test_without_a_store_the_pods_tell() -> None:
+    """The termination message of the newest pod is the last end; else what the kubelet saw."""
+    word = json.dumps({"code": 65, "name": "data refused", "what": "row 3", "do": "mend it"})
+    first = _pod("p1", 0, _ended(137, 1, 5, reason="OOMKilled"), "Failed")
+    last = _pod("p2", 6, _ended(65, 6, 9, message=word), "Failed")
+    failed = {"type": "Failed", "status": "True", "lastTransitionTime": _at(10)}
+    run = assemble(RUN, _job(failed), [last, first], Stored(), now=START + 900)
+    assert (run.state, run.code, run.number) == ("failed", 65, 2)
+    only = assemble(RUN, _job(failed), [first], Stored(), now=START + 900)
+    assert only.last_end is not None
+    assert (only.code, only.last_end["reason"]) == (137, "OOMKilled")
+
+
+def test_a_store_word_of_an_earlier_attempt_is_not_the_last_pods() -> None:
+    """A pod killed without a word is not explained by the attempt before it."""
+    killed = _pod("p2", 12, _ended(137, 12, 20, reason="OOMKilled"), "Failed")
+    failed = {"type": "Failed", "status": "True", "lastTransitionTime": _at(21)}
+    run = assemble(RUN, _job(failed), [killed], Stored(HEAD, (FIRST_END,)), now=START + 1800)
+    assert run.code == 137
+
+
+def test_a_run_whose_job_is_gone_is_running_unknown_or_failed_by_its_head() -> None:
+    """A fresh heartbeat means it runs somewhere; an old one means nobody knows."""
+    states = {}
+    for now in (START + 1800, START + 9000):
+        states[now] = assemble(RUN, None, [], Stored(HEAD), now=now).state
+    assert list(states.values()) == ["running", "unknown"]
+    ended = assemble(RUN, None, [], Stored({**HEAD, "state": "ended"}, (FIRST_END,)), now=START)
+    assert (ended.state, ended.code) == ("failed", 75)
+
+
+def test_a_list_has_a_line_a_run() -> None:
+    """Columns line up, and a run without pods is no error."""
+    out = io.StringIO()
+    run = assemble(RUN, _job(), [], Stored(), now=START + 60)
+    print_list([run, run], out, now=START + 60)
+    header, first, second = out.getvalue().splitlines()
+    assert header.startswith("RUN")
+    assert first == second
+    assert "pending" in first
+    assert first.index("pending") == header.index("STATE")
+
+
+def test_spans_are_said_as_people_say_them() -> None:
+    """Seconds, minutes, hours, days."""
+    said = [span(it) for it in (None, 5, 65, 3900, 200_000)]
+    assert said == ["-", "5 s", "1 min 05 s", "1 h 05 min", "2 d 7 h"]
+
+
+def test_a_store_that_does_not_answer_is_given_up_soon() -> None:
+    """The store's own 20 minutes of retries are not a person's."""
+    import pytest
+
+    from job.errors import JobError
+
+    with pytest.raises(JobError) as caught:
+        impatient(lambda stop: stop.wait(60), seconds=0.05)
+    assert caught.value.code == 74

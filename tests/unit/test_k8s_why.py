@@ -1,0 +1,383 @@
+"""Each cause, from pods and events as servers really write them: one answer, and its mend."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from k8s.facts import Facts
+from k8s.runs import assemble
+from k8s.stored import Stored
+from k8s.why import why
+
+Object = dict[str, Any]
+
+NOW = 1_780_000_000.0
+RUN = "night-1a2b3c4d"
+IMAGE = "registry.example/lora-job@sha256:0"
+SELECTOR = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+
+
+def _job(*, kind: str = "", reason: str = "", message: str = "", **spec: Any) -> Object:
+    limits = {"nvidia.com/gpu": "1", "memory": "96Gi"}
+    pod = {"containers": [{"name": "job", "image": IMAGE, "resources": {"limits": limits}}]}
+    end = {"type": kind, "status": "True", "reason": reason, "message": message}
+    end["lastTransitionTime"] = "2026-11-22T02:30:00Z"
+    labels = {"kueue.x-k8s.io/queue-name": "gpus"} if spec.pop("queued", False) else {}
+    return {
+        "metadata": {
+            "name": RUN,
+            "uid": "u",
+            "creationTimestamp": "2026-11-22T02:00:00Z",
+            "labels": labels,
+            "annotations": {"lora-job/store": "s3://models/adapters"},
+        },
+        "spec": {"template": {"spec": pod}, **spec},
+        "status": {"conditions": [end] if kind else []},
+    }
+
+
+def _pod(
+    state: Object | None = None,
+    *,
+    phase: str = "Pending",
+    node: str = "node-7",
+    deleting: bool = False,
+    **status: Any,
+) -> Object:
+    limits = {"nvidia.com/gpu": "1", "memory": "96Gi"}
+    container = {"name": "job", "image": IMAGE, "resources": {"limits": limits}}
+    statuses = [{"name": "job", "state": state}] if state else []
+    metadata: Object = {"name": f"{RUN}-x", "creationTimestamp": "2026-11-22T02:00:01Z"}
+    if deleting:
+        metadata["deletionTimestamp"] = "2026-11-22T02:10:00Z"
+    return {
+        "metadata": metadata,
+        "spec": {"containers": [container], "nodeName": node, "nodeSelector": SELECTOR},
+        "status": {"phase": phase, "containerStatuses": statuses, **status},
+    }
+
+
+def _unscheduled(message: str) -> Object:
+    false = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    return _pod(node="", conditions=[{**false, "message": message}])
+
+
+def _waiting(reason: str, message: str = "") -> Object:
+    return _pod({"waiting": {"reason": reason, "message": message}})
+
+
+def _ended(code: int, *, reason: str = "Error", message: str = "", **status: Any) -> Object:
+    times = {"startedAt": "2026-11-22T02:01:00Z", "finishedAt": "2026-11-22T02:31:00Z"}
+    ended = {"exitCode": code, "reason": reason, "message": message, **times}
+    return _pod({"terminated": ended}, phase="Failed", **status)
+
+
+def _event(reason: str, message: str) -> Object:
+    return {"reason": reason, "message": message, "lastTimestamp": "2026-11-22T02:02:00Z"}
+
+
+def _facts(
+    job: Object | None,
+    *pods: Object,
+    events: tuple[Object, ...] = (),
+    stored: Stored | None = None,
+    **more: Any,
+) -> Facts:
+    run = assemble(RUN, job, list(pods), stored or Stored(), now=NOW)
+    return Facts(run, job, list(pods), list(events), **more)
+
+
+def _workload(kind: str, status: str, reason: str, message: str, *, active: bool = True) -> Object:
+    one = {"type": kind, "status": status, "reason": reason, "message": message}
+    return {"spec": {"active": active}, "status": {"conditions": [one]}}
+
+
+WORD = json.dumps(
+    {"code": 78, "name": "config", "where": "lora.rank", "what": "is 0", "do": "set it to 8"}
+)
+FAILED = {"kind": "Failed", "reason": "PodFailurePolicy", "message": "rule 2"}
+LIMIT = {"kind": "Failed", "reason": "BackoffLimitExceeded"}
+GPU = (
+    "0/5 nodes are available: 2 Insufficient nvidia.com/gpu, 3 node(s) didn't match Pod's node "
+    "affinity/selector. preemption: 0/5 nodes are available: 5 Preemption is not helpful."
+)
+CONDITION = "QuotaReserved"
+KUEUE = "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu"
+
+CASES: dict[str, tuple[Facts, str, str]] = {
+    "exit-78": (_facts(_job(**FAILED), _ended(78, message=WORD)), "lora.rank: is 0", "set it to 8"),
+    "exit-74": (_facts(_job(**LIMIT), _ended(74)), "store unreachable", "submit again"),
+    "oom-killed": (
+        _facts(_job(**LIMIT), _ended(137, reason="OOMKilled")),
+        "memory limit of 96Gi",
+        "raise memory",
+    ),
+    "killed": (_facts(_job(**LIMIT), _ended(137)), "exit code 137", "checkpoint"),
+    "bug": (
+        _facts(_job(**LIMIT), _ended(1, message="Traceback\nKeyError: 'x'")),
+        "KeyError: 'x'",
+        "report it",
+    ),
+    "deadline": (
+        _facts(_job(kind="Failed", reason="DeadlineExceeded"), _ended(75)),
+        "active_deadline_s",
+        "max_duration_s",
+    ),
+    "evicted": (
+        _facts(
+            _job(**LIMIT),
+            _ended(
+                137,
+                reason="Evicted",
+                message="",
+            )
+            | {
+                "status": {
+                    "phase": "Failed",
+                    "reason": "Evicted",
+                    "message": "The node was low on resource: ephemeral-storage.",
+                }
+            },
+        ),
+        "low on resource: ephemeral-storage",
+        "raise ephemeral_storage",
+    ),
+    "bad-device": (
+        _facts(_job(**LIMIT), _pod(phase="Failed", reason="UnexpectedAdmissionError")),
+        "node node-7 could not give it the GPU",
+        "cordon",
+    ),
+    "failed": (_facts(_job(**LIMIT)), "BackoffLimitExceeded", "logs"),
+    "gpus": (
+        _facts(_job(), _unscheduled(GPU), holders=["day-9f"]),
+        "not enough free GPUs (day-9f runs now), it asks for 1",
+        "add nodes",
+    ),
+    "memory": (
+        _facts(_job(), _unscheduled("0/1 nodes are available: 1 Insufficient memory.")),
+        "not enough free memory",
+        "ask for less memory",
+    ),
+    "disk": (
+        _facts(_job(), _unscheduled("0/1 nodes are available: 1 Insufficient ephemeral-storage.")),
+        "local disk",
+        "ephemeral_storage",
+    ),
+    "selector": (
+        _facts(
+            _job(),
+            _unscheduled(
+                "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."
+            ),
+        ),
+        "gke-accelerator=nvidia-h100-80gb",
+        "platform",
+    ),
+    "taint": (
+        _facts(
+            _job(),
+            _unscheduled(
+                "0/2 nodes are available: 2 node(s) had untolerated taint {dedicated: vision}."
+            ),
+        ),
+        "tainted dedicated: vision",
+        "platform",
+    ),
+    "no-nodes": (
+        _facts(_job(), _unscheduled("no nodes available to schedule pods")),
+        "no nodes",
+        "node pool",
+    ),
+    "scaling-up": (
+        _facts(
+            _job(),
+            _unscheduled(GPU),
+            events=(_event("TriggeredScaleUp", "pod triggered scale-up: [{pool 0->1}]"),),
+        ),
+        "a node is being added",
+        "nothing to do",
+    ),
+    "claim": (
+        _facts(
+            _job(),
+            _unscheduled(
+                '0/1 nodes are available: persistentvolumeclaim "weights" not found. preemption: …'
+            ),
+        ),
+        "no PersistentVolumeClaim weights",
+        "cache.claim",
+    ),
+    "claim-unbound": (
+        _facts(
+            _job(),
+            _unscheduled(
+                "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims."
+            ),
+        ),
+        "bound to no volume",
+        "storage class",
+    ),
+    "claim-zone": (
+        _facts(_job(), _unscheduled("1 node(s) had volume node affinity conflict.")),
+        "another zone",
+        "zone",
+    ),
+    "image-absent": (
+        _facts(
+            _job(),
+            _waiting("ImagePullBackOff", 'Back-off pulling image "x"'),
+            events=(_event("Failed", f'Failed to pull image "{IMAGE}": manifest unknown'),),
+        ),
+        f"no image {IMAGE}",
+        "make image push",
+    ),
+    "image-denied": (
+        _facts(_job(), _waiting("ErrImagePull", "pull access denied, 401 Unauthorized")),
+        "refuses to give",
+        "image_pull_secret",
+    ),
+    "image-pull": (
+        _facts(_job(), _waiting("ErrImagePull", "dial tcp: i/o timeout")),
+        "i/o timeout",
+        "registry",
+    ),
+    "secret": (
+        _facts(_job(), _waiting("CreateContainerConfigError", 'secret "hub" not found')),
+        "no Secret hub",
+        "create it",
+    ),
+    "secret-key": (
+        _facts(
+            _job(),
+            _waiting(
+                "CreateContainerConfigError", "couldn't find key token in Secret lora-job/hub"
+            ),
+        ),
+        "Secret hub has no key token",
+        "add it",
+    ),
+    "volume": (
+        _facts(
+            _job(),
+            _waiting("ContainerCreating"),
+            events=(_event("FailedMount", 'MountVolume.SetUp failed: configmap "x" not found'),),
+        ),
+        "can't be mounted",
+        "claim",
+    ),
+    "pulling": (
+        _facts(
+            _job(),
+            _waiting("ContainerCreating"),
+            events=(_event("Pulling", f'Pulling image "{IMAGE}"'),),
+        ),
+        "node node-7 is pulling",
+        "minutes",
+    ),
+    "quota": (
+        _facts(
+            _job(),
+            events=(
+                _event(
+                    "FailedCreate",
+                    'Error creating: pods "x" is forbidden: exceeded quota: gpus, requested: '
+                    "requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=1",
+                ),
+            ),
+        ),
+        "gpus, requested: requests.nvidia.com/gpu=1",
+        "more quota",
+    ),
+    "pod-security": (
+        _facts(
+            _job(),
+            events=(
+                _event(
+                    "FailedCreate",
+                    'Error creating: pods "x" is forbidden: violates PodSecurity '
+                    '"restricted:latest": restricted volume types (volume "cache" uses hostPath)',
+                ),
+            ),
+        ),
+        'volume "cache" uses hostPath',
+        "cache.claim",
+    ),
+    "service-account": (
+        _facts(
+            _job(),
+            events=(
+                _event(
+                    "FailedCreate",
+                    'Error creating: pods "x" is forbidden: error looking up service account '
+                    'lora-job/trainer: serviceaccount "trainer" not found',
+                ),
+            ),
+        ),
+        "no service account trainer",
+        "create it",
+    ),
+    "leaving": (
+        _facts(_job(), _pod({"running": {}}, phase="Running", deleting=True)),
+        "still ending on node node-7",
+        "out-of-service",
+    ),
+    "suspended": (_facts(_job(suspend=True)), "suspended", "suspend"),
+    "kueue-absent": (_facts(_job(suspend=True, queued=True)), "no Workload", "Kueue"),
+    "kueue-quota": (
+        _facts(
+            _job(suspend=True, queued=True),
+            workload=_workload(CONDITION, "False", "Pending", KUEUE),
+        ),
+        KUEUE,
+        "quota",
+    ),
+    "kueue-preempted": (
+        _facts(
+            _job(suspend=True, queued=True),
+            workload=_workload("Evicted", "True", "Preempted", "Preempted by a workload"),
+        ),
+        "Preempted by a workload",
+        "quota is free",
+    ),
+    "kueue-inactive": (
+        _facts(
+            _job(suspend=True, queued=True),
+            workload=_workload(CONDITION, "False", "Pending", "", active=False),
+        ),
+        "inactive",
+        "submit again",
+    ),
+    "succeeded": (
+        _facts(
+            _job(kind="Complete"),
+            stored=Stored({"state": "published:v"}, (), {"uri": "s3://models/adapters/night"}),
+        ),
+        "s3://models/adapters/night",
+        "fetch",
+    ),
+    "gone": (
+        _facts(None, stored=Stored({"state": "running", "heartbeat": NOW - 3600, "epoch": 1})),
+        "heartbeat",
+        "submit again",
+    ),
+    "running": (
+        _facts(_job(), _pod({"running": {"startedAt": "2026-11-22T02:01:00Z"}}, phase="Running")),
+        "it runs, attempt 1",
+        "wait",
+    ),
+    "between": (_facts(_job(), _ended(74, message="")), "between attempts: exit code 74", "pause"),
+}
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_one_plain_answer_and_its_mend(cause: str) -> None:
+    """The cause is found, what is wrong is named, and so is what to do."""
+    facts, what, do = CASES[cause]
+    answer = why(facts)
+    assert answer.cause == cause, str(answer)
+    assert what in answer.what
+    assert do in answer.do
+    assert "\n" not in str(answer)
