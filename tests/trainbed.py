@@ -30,6 +30,7 @@ class FolderAttempt:
         self.saved: list[int] = []
 
     def save_checkpoint(self, folder: Path, step: int) -> None:
+        """Copy ``folder`` aside, and rename it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{step}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -40,6 +41,7 @@ class FolderAttempt:
         self.saved.append(step)
 
     def restore_checkpoint(self, into: Path) -> int | None:
+        """Copy the newest into ``into``."""
         found = sorted(p for p in self.folder.glob("[0-9]*") if p.is_dir())
         if not found:
             return None

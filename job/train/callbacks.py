@@ -133,7 +133,7 @@ class Life(TrainerCallback):
             return False
         log.warning(
             "training_ended_early",
-            reason=f"train.max_duration_s: {limit_s:.0f}",
+            reason=f"train.max_duration_s: {limit_s:g}",
             step=state.global_step,
             num_steps=state.max_steps,
         )

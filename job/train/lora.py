@@ -23,7 +23,8 @@ def add_lora(model: Any, section: LoraSection, *, seed: int, source: Source | No
     """Wrap ``model`` by PEFT as ``lora`` says; the same seed gives the same first weights.
 
     Raises:
-        JobError: 78 for a name that the model lacks, with those that come near.
+        JobError: 78 for a name that the model lacks, with those that come near; for dropout
+            where experts are adapted.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -40,7 +41,14 @@ def add_lora(model: Any, section: LoraSection, *, seed: int, source: Source | No
         use_rslora=section.use_rslora,
     )
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        # Of some mixtures of experts (Qwen3-MoE), PEFT's all-linear adapts the fused experts too.
+        if not (section.dropout and "lora_dropout" in str(error)):
+            raise
+        what = f"{section.dropout} can't be had with adapters on experts"
+        raise JobError(ExitCode.CONFIG, "lora.dropout", what, "set lora.dropout: 0") from error
     if source is not None:
         # After wrapping: PEFT puts the folder that the model came from.
         config.base_model_name_or_path = public_name(source)

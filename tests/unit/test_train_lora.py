@@ -57,6 +57,13 @@ def test_names_that_the_model_lacks_are_refused(tmp_path, section, says):
     assert caught.value.code == ExitCode.CONFIG
 
 
+def test_dropout_beside_adapted_experts_is_refused(tmp_path):
+    """All-linear adapts Qwen3-MoE's fused experts, where PEFT has no dropout: one line, 78."""
+    with pytest.raises(JobError, match=r"lora.dropout: .*; set lora.dropout: 0") as caught:
+        add_lora(base_model(tmp_path, "qwen3_moe"), LoraSection(dropout=0.1), seed=0)
+    assert caught.value.code == ExitCode.CONFIG
+
+
 def test_short_parameter_names_mean_one_layer(tmp_path):
     """1.mlp… is layer 1 and not layer 11."""
     model = base_model(tmp_path, num_hidden_layers=12)

@@ -70,7 +70,7 @@ def test_experts_under_wrong_names_are_refused(tmp_path):
 
 
 def test_a_missing_weight_is_refused(tmp_path):
-    """transformers would make it up at random, with a warning."""
+    """Transformers would make it up at random, with a warning."""
     tiny.tiny_model(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -117,7 +117,7 @@ def test_a_gpu_that_is_not_there_is_hardware():
     [("llama", "auto", "sdpa"), ("gpt_oss", "auto", "eager"), ("llama", "eager", "eager")],
 )
 def test_attention_is_picked_with_a_reason(tmp_path, arch, wanted, got):
-    """auto takes the fused one where there is one."""
+    """Auto takes the fused one where there is one."""
     folder = tiny.tiny_model(tmp_path, arch)
     model, reason = load_base(folder, device="cpu", attention=wanted)
     assert model.config._attn_implementation == got
