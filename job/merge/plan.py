@@ -262,7 +262,10 @@ def _outputs(draft: _Draft, tensor: Tensor, merge_format: str) -> list[Output]:
     if tensor.dtype == MXFP4 and merge_format == "mxfp4-preserve":
         names = (f"{tensor.name}_blocks", f"{tensor.name}_scales")
         stored = [Tensor(n, s.dtype, s.shape, (s,)) for n, s in zip(names, tensor.slots, strict=True)]
-        return [Output(one.name, one.dtype, one.shape, one, shard) for one in stored]
+        return [
+            Output(one.name, one.dtype, one.shape, one, Path(one.slots[0].file).name)
+            for one in stored
+        ]
     dtype = _dtype_for(draft, tensor, merge_format)
     delta, key = draft.deltas.get(tensor.name), draft.replaced.get(tensor.name)
     if key is None:

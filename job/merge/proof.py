@@ -174,7 +174,7 @@ class _Block:
         return wide
 
     def decide(self, places: tuple[Array, ...], tally: Any = None) -> None:
-        """Compute some weights in fp64: each must be as near as any neighbour of its dtype."""
+        """Compute some weights in fp64: each must be within half a step of its dtype."""
         for begin in range(0, len(places[0]), 4096):
             at = tuple(axis[begin : begin + 4096] for axis in places)
             self._decide(at)
@@ -188,10 +188,12 @@ class _Block:
         slack = ROUNDING * (terms.shape[1] + 2) * (np.abs(base) + np.abs(terms).sum(axis=1))
         below, found, above = _neighbours(self.stored[at], self.output.dtype)
         error = np.abs(found - exact)
-        nearest = np.minimum(np.abs(below - exact), np.abs(above - exact))
-        bad = ~(error <= nearest + slack)
+        gap = np.where(exact > found, above - found, found - below)
+        bad = ~(error <= gap / 2 + slack)
         if bad.any():
             one = int(np.argmax(bad))
+            if not np.isfinite(exact[one]):
+                raise _WrongError("base + s·B·A is not finite: the adapter, or the base, is broken")
             raise _WrongError(
                 f"row {self.row + int(at[0][one])}, column {int(at[1][one])} is "
                 f"{found[one]:.7g}, base + s·B·A is {exact[one]:.7g}"
