@@ -19,6 +19,9 @@ SUFFIXES |= {letter: 1000.0**power for power, letter in enumerate("MGTPE", start
 SUFFIXES |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 
 
+Check = tuple[str, str, Callable[[], Iterator["Finding"]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """The outcome of one check."""
@@ -42,15 +45,12 @@ def run_checks(
 ) -> Iterator[Finding]:
     """Yield the finding of every check, in the order in which a mend helps."""
     pod = pod_of(objects)
-    checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
+    checks: list[Check] = [
         ("namespace", "get namespaces", lambda: _namespace(cluster, settings)),
         ("image", "", lambda: _image(settings)),
         ("store", "", lambda: _store(job, settings)),
         ("secrets", "get secrets", lambda: _secrets(cluster, settings)),
-        ("service account", "get serviceaccounts", lambda: _account(cluster, settings)),
-        ("cache", "get persistentvolumeclaims", lambda: _cache(cluster, settings)),
-        ("priority class", "get priorityclasses", lambda: _priority(cluster, settings)),
-        ("queue", "get localqueues", lambda: _queue(cluster, settings)),
+        *(_named(cluster, *one) for one in _names(settings)),
         ("quota", "list resourcequotas", lambda: _quota(cluster, pod)),
         ("node pool", "list nodes", lambda: _nodes(cluster, pod)),
         ("dry run", "", lambda: _dry_run(cluster, objects)),
@@ -135,21 +135,16 @@ def _secret(cluster: Cluster, name: str, keys: list[str]) -> Finding:
     return Finding(check, "ok", f"has {', '.join(keys)}")
 
 
-def _account(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
-    yield from _exists(cluster, "service account", "ServiceAccount", settings.service_account)
+def _names(settings: ClusterConfig) -> Iterator[tuple[str, str, str | None]]:
+    """Yield what the cluster file names: the check, the kind, the name."""
+    yield "service account", "ServiceAccount", settings.service_account
+    yield "cache", "PersistentVolumeClaim", settings.cache.claim if settings.cache else None
+    yield "priority class", "PriorityClass", settings.priority_class
+    yield "queue", "LocalQueue", settings.queue
 
 
-def _priority(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
-    yield from _exists(cluster, "priority class", "PriorityClass", settings.priority_class)
-
-
-def _queue(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
-    yield from _exists(cluster, "queue", "LocalQueue", settings.queue)
-
-
-def _cache(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
-    claim = settings.cache.claim if settings.cache else None
-    yield from _exists(cluster, "cache", "PersistentVolumeClaim", claim)
+def _named(cluster: Cluster, check: str, kind: str, name: str | None) -> Check:
+    return check, f"get {kind.lower()}s", lambda: _exists(cluster, check, kind, name)
 
 
 def _exists(cluster: Cluster, check: str, kind: str, name: str | None) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from k8s.render import SELECTOR, Object
 from k8s.runs import JOB_LABEL, Run, find, observe
 
 MAX_PODS = 3
+WAIT = "nothing to do: it starts by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,18 @@ class Facts:
             if event.get("reason") in reasons:
                 return " ".join(str(event.get("message", "")).split())
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One cause. ``do`` is the mend."""
+
+    cause: str
+    what: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.do}"
 
 
 def gather(cluster: Cluster, name: str, *, store: str | None) -> Facts:

@@ -1,0 +1,87 @@
+"""``lora-job schedule``: make a nightly job, change it, fire it, or say when it fires."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.errors import ExitCode, JobError
+from k8s.terminal import (
+    cluster_of,
+    load,
+    new_stop,
+    open_cluster,
+    print_json,
+    say,
+    settings_of,
+    wants_json,
+)
+
+if TYPE_CHECKING:
+    from job.config import JobConfig
+    from k8s.cluster import Cluster
+
+
+def call(arguments: argparse.Namespace) -> int:
+    """Make or change a schedule, then print what it is now."""
+    from k8s import schedule
+
+    is_file = Path(arguments.job).suffix in (".yaml", ".yml")
+    job = load(Path(arguments.job)) if is_file else None
+    name = job.name if job else str(arguments.job)
+    if arguments.cron:
+        if job is None or arguments.cluster is None:
+            do = "lora-job schedule JOB.yaml --cluster CLUSTER.yaml --cron …"
+            raise JobError(ExitCode.USAGE, "schedule", "--cron needs a job and a cluster file", do)
+        cluster = _create_schedule(job, arguments)
+    else:
+        cluster = (
+            cluster_of(settings_of(arguments)) if arguments.cluster else open_cluster(arguments)
+        )
+        _change_schedule(cluster, name, arguments)
+    if arguments.delete:
+        return 0
+    about = schedule.describe(schedule.find(cluster, name))
+    print_json(about) if wants_json(arguments) else _print_schedule(about)
+    return 0
+
+
+def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
+    from datetime import UTC, datetime
+
+    from k8s import inputs, schedule
+
+    stop, settings = new_stop(), settings_of(arguments)
+    schedule.next_times(arguments.cron, arguments.time_zone, after=datetime.now(UTC))
+    cluster = cluster_of(settings)
+    schedule.schedule(
+        cluster,
+        settings,
+        inputs.upload(job, stop=stop, say=say),
+        cron=arguments.cron,
+        time_zone=arguments.time_zone,
+        start_deadline_s=arguments.start_deadline,
+        say=say,
+    )
+    return cluster
+
+
+def _change_schedule(cluster: Cluster, name: str, arguments: argparse.Namespace) -> None:
+    from k8s import schedule
+
+    if arguments.run_now:
+        run, new = schedule.run_now(cluster, name)
+        say(f"{run}: {'created' if new else 'this minute has fired already'}")
+    elif arguments.suspend or arguments.resume:
+        schedule.suspend(cluster, name, on=arguments.suspend)
+    elif arguments.delete:
+        schedule.delete(cluster, name)
+        say(f"{name}: deleted")
+
+
+def _print_schedule(about: dict[str, Any]) -> None:
+    print(f"{about['name']}: {about['cron']} {about['time_zone']}")
+    print(f"next   {', '.join(about['next']) or 'suspended'}")
+    if about["active"]:
+        print(f"runs   {', '.join(about['active'])}")

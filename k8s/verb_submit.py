@@ -1,0 +1,99 @@
+"""``lora-job submit``: check, upload, create, and follow to the run's own end."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from job.errors import ExitCode, JobError
+from k8s.terminal import (
+    cluster_of,
+    load,
+    new_stop,
+    print_json,
+    say,
+    settings_of,
+    waiting,
+    wants_json,
+    write_line,
+)
+
+if TYPE_CHECKING:
+    from job.config import JobConfig
+    from job.stop import Stop
+    from k8s.cluster import Cluster
+    from k8s.runs import Run
+
+
+def call(arguments: argparse.Namespace) -> int:
+    """Submit a job file, and print the run's id or follow it."""
+    from k8s import inputs, submit
+    from k8s.render import run_name
+
+    settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
+    cluster = cluster_of(settings)
+    if not arguments.no_data_checks:
+        _check_data(job, stop)
+    job = inputs.upload(job, stop=stop, say=say)
+    run = run_name(job, new=str(time.time_ns()) if arguments.new else None)
+    with waiting(f"submitting {run}"):
+        done = submit.submit(cluster, settings, job, run, stop=stop, say=say)
+    say(f"{run}: {done.outcome}; see it: lora-job status {run} -n {cluster.namespace}")
+    if arguments.follow:
+        return _follow(cluster, run, arguments)
+    print_json({"run": run, "outcome": done.outcome}) if wants_json(arguments) else print(run)
+    return 0
+
+
+def _check_data(job: JobConfig, stop: Stop) -> None:
+    """Refuse data that the run would refuse, before it is uploaded and a GPU is asked for."""
+    try:
+        from job.check import check
+    except ModuleNotFoundError as missing:
+        say(
+            f"data checks left out: {missing.name} is not installed (pip install 'lora-job[check]')"
+        )
+        return
+    report = check(job, stop=stop)
+    code = int(report.get("code", 0))
+    if code:
+        do = "see `lora-job check`, or submit with --no-data-checks"
+        raise JobError(ExitCode(code), "check", str(report.get("what", "it would fail")), do)
+
+
+def _follow(cluster: Cluster, run: str, arguments: argparse.Namespace) -> int:
+    from k8s import control, logs
+    from k8s.facts import gather
+    from k8s.why import why
+
+    stop, said = new_stop(), ""
+
+    def tell_why() -> None:
+        nonlocal said
+        answer = why(gather(cluster, run, store=None))
+        if str(answer) != said and answer.cause not in ("starting", "running"):
+            said = str(answer)
+            say(f"waiting: {said}")
+
+    try:
+        logs.follow(cluster, run, write_line, stop, waiting=tell_why)
+        done = control.wait(cluster, run, store=None, stop=stop)
+    except KeyboardInterrupt:
+        back = f"lora-job logs {run} -f -n {cluster.namespace}"
+        say(f"\ndetached: {run} goes on. Come back with: {back}")
+        return 0
+    return tell_end(done, arguments)
+
+
+def tell_end(run: Run, arguments: argparse.Namespace) -> int:
+    """Print the Receipt, or why there is none; return the run's own exit code."""
+    if wants_json(arguments):
+        print_json(run.as_json())
+    elif run.receipt:
+        print_json(run.receipt)
+    if run.code:
+        end = run.last_end or {}
+        text = "; ".join(str(end[key]) for key in ("what", "do") if end.get(key))
+        say(f"lora-job: {run.name}: {run.state} with {run.code}: {text or 'see lora-job why'}")
+    return int(run.code)
