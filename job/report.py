@@ -36,9 +36,10 @@ CHARTS = (  # title, key in history.jsonl, unit, whether the axis begins at 0
 def render(context: Context) -> str:
     """Return the page for this attempt as it is now; an error on its way out is told in it."""
     work, error = context.work, sys.exception()
+    inputs = _json(work / "pull" / "inputs.json")
     parts = {
-        "model": _json(work / "pull" / "model" / "artifact.json"),
-        "data": _json(work / "pull" / "data" / "artifact.json"),
+        "model": inputs.get("model", {}),
+        "data": inputs.get("data", {}),
         "dataset": _json(work / "prepare" / "artifact.json"),
         "data_report": _json(_newest(work, "prepare") / "data_report.json"),
         "adapter": _json(work / "train" / "artifact.json"),
@@ -186,7 +187,8 @@ def _deltas(norms: Mapping[str, float]) -> str:
         else:
             others.append((name, short(norm)))
     body = heat_map(by_kind, unit="") if by_kind else ""
-    return _section("What the adapter changed, by layer (norm of s·B·A)", body + _table(others))
+    rest = f'<div class="card">{_table(others)}</div>' if others else ""
+    return _section("What the adapter changed, by layer (norm of s·B·A)", body + rest)
 
 
 def _answers(answers: Iterable[Mapping[str, Any]]) -> str:
@@ -241,7 +243,7 @@ def _data(report: Mapping[str, Any]) -> str:
     ]
     chart = f"<figure><figcaption>Tokens an example</figcaption>{bar_chart(lengths, unit='examples')}</figure>"
     samples = "".join(map(_sample, report.get("samples", [])))
-    more = f"<h3>Dropped</h3>{_table(dropped)}" if dropped else ""
+    more = f'<h3>Dropped</h3><div class="card">{_table(dropped)}</div>' if dropped else ""
     return _section(
         "Data", f'<div class="charts"><div>{_table(rows)}</div>{chart}</div>{more}{samples}'
     )
@@ -279,7 +281,7 @@ def _lineage(job: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     whole = (
         f"<details><summary>The job file, with every default</summary><pre>{text}</pre></details>"
     )
-    return _section("Where it comes from", _table(rows) + whole)
+    return _section("Where it comes from", f'<div class="card">{_table(rows)}</div>{whole}')
 
 
 def _version(library: str) -> str | None:

@@ -66,8 +66,10 @@ def write_run(work: Path, *, text: str = "It is Canberra.", steps: int = 40) -> 
         "after": text,
     }
     files: dict[str, Any] = {
-        "pull/model/artifact.json": {"uri": "hf://owner/base@abc", "revision": "abc", "license": "mit"},
-        "pull/data/artifact.json": {"uri": "file:data", "revision": None, "license": None},
+        "pull/inputs.json": {
+            "model": {"uri": "hf://owner/base@abc", "revision": "abc", "license": "mit"},
+            "data": {"uri": "file:data", "revision": None, "license": None},
+        },
         "prepare/artifact.json": {"digest": "d" * 64},
         "prepare/data_report.json": {
             "rows_read": 448, "rows_kept": 446, "rows_dropped": 2, "examples": 446, "packs": 80,
