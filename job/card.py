@@ -1,0 +1,219 @@
+"""The model card (README.md) of an adapter, or of the merged model: what it is and how to use it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from job.artifacts import Adapter, Answer, Dataset, Merged, Source, Verdict
+from job.config import JobConfig
+
+MAX_ANSWERS, MAX_ANSWER_CHARACTERS = 3, 600
+# Names of licences that the Hub knows are short words such as apache-2.0 or llama3.1.
+LICENSE_PATTERN = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """All that a card tells."""
+
+    job: JobConfig
+    version: str
+    model: Source
+    data: Source
+    dataset: Dataset
+    adapter: Adapter
+    merged: Merged | None
+    verdict: Verdict
+    lineage: dict[str, Any]
+
+    @property
+    def fetch_spec(self) -> str:
+        """What ``lora-job fetch`` takes; a folder of this machine means nothing elsewhere."""
+        store = self.job.store.rstrip("/") if self.job.store.startswith("s3://") else "STORE"
+        return f"{store}/{self.job.name}@{self.version}"
+
+
+def hub_id(source: Source) -> str | None:
+    """Return the repository of a source on the Hub, or None for a source from elsewhere."""
+    return source.uri.removeprefix("hf://").partition("@")[0] if is_hub(source) else None
+
+
+def is_hub(source: Source) -> bool:
+    """Whether the source is a repository of the Hub."""
+    return source.uri.startswith("hf://")
+
+
+def base_name(source: Source) -> str:
+    """Return what adapter_config.json calls the base: its Hub id, or its URI."""
+    return hub_id(source) or source.uri
+
+
+def adapter_card(facts: Facts) -> str:
+    """Return README.md of the adapter."""
+    return _card(facts, "adapter", "peft", _use_adapter(facts))
+
+
+def merged_card(facts: Facts) -> str:
+    """Return README.md of the merged model."""
+    return _card(facts, "finetune", "transformers", _use_merged(facts))
+
+
+def _card(facts: Facts, relation: str, library: str, use: str) -> str:
+    title = facts.job.name if relation == "adapter" else f"{facts.job.name}, merged"
+    parts = [
+        f"---\n{_front_matter(facts, relation, library)}---\n",
+        f"# {title}\n",
+        _summary(facts, relation),
+        "## Use\n",
+        use,
+        "## Result\n",
+        _table(_results(facts)),
+        _answers(facts.verdict.answers),
+        "## Lineage\n",
+        _table(_lineage(facts)),
+        "Made with lora-job; its manifest.json has the sha256 of every file.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(facts: Facts, relation: str, library: str) -> str:
+    base, data = hub_id(facts.model), hub_id(facts.data)
+    meta: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    if base:
+        meta |= {"base_model": base, "base_model_relation": relation}
+    if data:
+        meta["datasets"] = [data]
+    meta |= _license(facts.model.license)
+    meta["tags"] = ["lora", "sft", "lora-job"]
+    return yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+
+
+def _license(name: str | None) -> dict[str, str]:
+    """Return the card's licence: the base's, as a name that the Hub knows, or as other."""
+    if not name:
+        return {}
+    known = name.strip().lower()
+    if LICENSE_PATTERN.match(known):
+        return {"license": known}
+    return {"license": "other", "license_name": name.strip().splitlines()[0][:80]}
+
+
+def _summary(facts: Facts, relation: str) -> str:
+    what = "A LoRA adapter" if relation == "adapter" else "A LoRA adapter merged into its base"
+    licence = facts.model.license or "unknown: see the base"
+    return (
+        f"{what}, version `{facts.version}`, trained from `{base_name(facts.model)}` on "
+        f"`{hub_id(facts.data) or facts.data.uri}` by supervised fine-tuning. "
+        f"Licence of the base: {licence}.\n"
+    )
+
+
+def _use_adapter(facts: Facts) -> str:
+    where = facts.job.publish.hub.adapter or "DIR/adapter"
+    base = _quoted_base(facts)
+    return (
+        f"```python\nfrom peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(base, "{where}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```\n\n{_fetch(facts)}'
+    )
+
+
+def _quoted_base(facts: Facts) -> str:
+    if is_hub(facts.model):
+        return f'"{hub_id(facts.model)}", revision="{facts.model.revision}"'
+    return '"BASE"'
+
+
+def _use_merged(facts: Facts) -> str:
+    where = facts.job.publish.hub.merged or "DIR/merged"
+    return (
+        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{where}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```\n\n{_fetch(facts)}'
+    )
+
+
+def _fetch(facts: Facts) -> str:
+    elsewhere = "" if is_hub(facts.model) else f" `BASE` is the folder of `{facts.model.uri}`."
+    return (
+        f"A verified copy into `DIR`, adapter and merged model:\n\n"
+        f"```sh\nlora-job fetch {facts.fetch_spec} DIR\n```\n{elsewhere}\n"
+    )
+
+
+def _results(facts: Facts) -> list[tuple[str, str]]:
+    adapter, verdict, dataset = facts.adapter, facts.verdict, facts.dataset
+    rows = [
+        (f"Held-out loss, {when}", f"{loss:.4f} (perplexity {math.exp(min(loss, 50)):.2f})")
+        for when, loss in (
+            ("before", verdict.held_out_loss_before),
+            ("after", verdict.held_out_loss_after),
+        )
+        if loss is not None
+    ]
+    if rows:
+        rows.append(("Held-out tokens", f"{verdict.num_held_out_tokens:,}"))
+    early = " (ended early, by max_duration_s)" if adapter.steps < adapter.planned_steps else ""
+    rows += [
+        ("Training loss, last", f"{adapter.final_loss:.4f}"),
+        ("Steps", f"{adapter.steps} of {adapter.planned_steps}{early}"),
+        ("Trained on", f"{adapter.num_tokens:,} tokens, {dataset.num_examples:,} examples"),
+        ("Speed", f"{adapter.tokens_per_s:,.0f} tokens/s, {adapter.duration_s:,.0f} s"),
+    ]
+    if facts.merged is not None:
+        report = facts.merged.report
+        proof = [f"{100 * report['delta_kept']:.2f} % of the delta kept"]
+        proof += [f"{key} {value:.3g}" for key, value in report.get("logits", {}).items()]
+        rows.append((f"Merge ({facts.merged.format}), proven", ", ".join(proof)))
+    return rows
+
+
+def _lineage(facts: Facts) -> list[tuple[str, str]]:
+    lora, lineage = facts.job.lora, facts.lineage
+    return [
+        ("Base", f"`{facts.model.uri}`"),
+        ("Data", f"`{facts.data.uri}`"),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"),
+        ("Learning rate", f"{facts.job.train.learning_rate:g}, {facts.job.train.scheduler}"),
+        ("Seed", str(facts.job.seed)),
+        ("Run", f"`{lineage['run']}`, attempt {lineage['epoch']}"),
+        ("Job file", f"`{lineage['config_sha256'][:16]}`"),
+        ("Adapter's sha256", f"`{facts.adapter.sha256}`"),
+        ("Image", f"`{lineage['image'] or 'none'}`"),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in lineage["versions"].items())),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _answers(answers: list[Answer]) -> str:
+    shown = [_answer(answer) for answer in answers[:MAX_ANSWERS]]
+    return "\n".join(["## Answers\n", *shown]) if shown else ""
+
+
+def _answer(answer: Answer) -> str:
+    language = f" (reasoning in {answer.reasoning_language})" if answer.reasoning_language else ""
+    turns = [
+        ("Asked" + language, answer.user),
+        ("Before", f"{answer.analysis_before}\n\n{answer.before}"),
+        ("After", f"{answer.analysis_after}\n\n{answer.after}"),
+    ]
+    return "\n".join(f"{head}:\n\n{_fenced(text.strip())}" for head, text in turns)
+
+
+def _fenced(text: str) -> str:
+    """Return a model's words so that nothing in them is read as part of the card."""
+    cut = text[:MAX_ANSWER_CHARACTERS] + ("…" if len(text) > MAX_ANSWER_CHARACTERS else "")
+    longest = max((len(run) for run in re.findall("`+", cut)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{cut}\n{fence}\n"
