@@ -25,6 +25,10 @@ from processes import Server, free_ports, listens
 
 FOLDER = ROOT / ".tools/node"
 BRIDGE, SUBNET, ADDRESS = "lorajob0", "10.223.87.0/24", "10.223.87.1"
+# Always the same one: the address is ours alone, and image names hold it.
+REGISTRY_PORT = 5087
+REGISTRY = f"{ADDRESS}:{REGISTRY_PORT}"
+PAUSE = f"{REGISTRY}/pause:1"
 NODE = "node-1"
 RUN = Path("/run/lora-job-node")  # sockets: their paths must be short
 NEEDED_GB = 15
@@ -57,8 +61,7 @@ class NodeMachine:
         RUN.mkdir(parents=True, exist_ok=True)
         self._make_bridge()
         self.plane = ControlPlane(folder / "plane", "1.34", address=ADDRESS)
-        [self._registry_port, self._kubelet_port] = free_ports(2, ADDRESS)
-        self.registry = f"{ADDRESS}:{self._registry_port}"
+        [self._kubelet_port] = free_ports(1, ADDRESS)
         self._registry = self._registry_server()
         self._containerd = self._containerd_server()
         self._kubelet = self._kubelet_server()
@@ -68,7 +71,7 @@ class NodeMachine:
         """Start everything; returns when the node is ready and has the image."""
         self._containerd.start().ready(lambda: self._ctr("version").returncode == 0)
         self._remove_containers()
-        self._registry.start().ready(lambda: listens(self._registry_port, ADDRESS))
+        self._registry.start().ready(lambda: listens(REGISTRY_PORT, ADDRESS))
         self.image = self._image()
         self.plane.start()
         self._kubelet.start()
@@ -126,26 +129,25 @@ class NodeMachine:
         return str(known["image"])
 
     def _build_image(self) -> str:
-        for image in self._images():
-            self._ctr("images", "remove", "--sync", image)
-        name = f"{self.registry}/lora-job:test"
-        command = [str(ROOT / "tests/node/image.sh"), str(self.folder / "build"), name]
-        log = self.folder / "image.log"
+        log, build = self.folder / "image.log", self.folder / "build"
+        command = [str(ROOT / "tests/node/image.sh"), str(build), f"{REGISTRY}/lora-job:test"]
         with log.open("wb") as errors:
             built = subprocess.run(
                 command, check=False, stdout=subprocess.PIPE, stderr=errors, text=True
             )
         if built.returncode:
             raise RuntimeError(f"the image does not build:\n{log.read_text()[-4000:]}")
-        pushed = built.stdout.split()[-1]
-        shutil.rmtree(self.folder / "build", ignore_errors=True)
-        # Names without the registry's port, which is another one each time.
-        image = pushed.replace(self.registry, "localhost")
-        for source, target in ((pushed, image), (f"{self.registry}/pause:1", "localhost/pause:1")):
-            self._ctr("images", "pull", "--plain-http", source, check=True)
-            self._ctr("images", "tag", "--force", source, target, check=True)
-            self._ctr("images", "remove", source, check=True)
-        shutil.rmtree(self.folder / "registry", ignore_errors=True)
+        image = built.stdout.split()[-1]
+        keep = bool(os.environ.get("KEEP_NODE_BUILD"))
+        if not keep:
+            shutil.rmtree(build)
+        before = self._images()
+        for name in (image, PAUSE):
+            self._ctr("images", "pull", "--plain-http", name, check=True)
+        for name in before - {image, PAUSE}:
+            self._ctr("images", "remove", "--sync", name)
+        if not keep:
+            shutil.rmtree(self.folder / "registry")
         return image
 
     def _images(self) -> set[str]:
@@ -176,7 +178,7 @@ class NodeMachine:
             "version": 0.1,
             "log": {"level": "warn"},
             "storage": {"filesystem": {"rootdirectory": str(self.folder / "registry")}},
-            "http": {"addr": self.registry},
+            "http": {"addr": REGISTRY},
         }
         path = self.folder / "registry.yaml"
         path.write_text(yaml.safe_dump(settings))
@@ -199,15 +201,21 @@ class NodeMachine:
         }
         conflist = {"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge]}
         (networks / "pods.conflist").write_text(json.dumps(conflist))
+        registries = self.folder / "registries" / REGISTRY
+        registries.mkdir(parents=True, exist_ok=True)
+        (registries / "hosts.toml").write_text(f'server = "http://{REGISTRY}"\n')
         path = self.folder / "containerd.toml"
         path.write_text(
             f'version = 2\nroot = "{self.folder / "containerd"}"\nstate = "{RUN / "state"}"\n'
             f'[grpc]\naddress = "{RUN / "containerd.sock"}"\n'
-            '[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "localhost/pause:1"\n'
+            '[plugins."io.containerd.grpc.v1.cri"]\n'
+            f'sandbox_image = "{PAUSE}"\n'
             # Without CAP_SYS_RESOURCE runc can't lower a score below its own.
             "restrict_oom_score_adj = true\n"
             '[plugins."io.containerd.grpc.v1.cri".cni]\n'
             f'bin_dir = "/usr/lib/cni"\nconf_dir = "{networks}"\n'
+            '[plugins."io.containerd.grpc.v1.cri".registry]\n'
+            f'config_path = "{registries.parent}"\n'
         )
         command = ["containerd", "--config", path, "--log-level", "warn"]
         return Server(command, self.folder / "containerd.log")
@@ -262,7 +270,9 @@ class NodeMachine:
 def node_machine(folder: Path = FOLDER) -> Iterator[NodeMachine]:
     """Run a node, the only one of this machine; it is gone afterwards, also after a failure.
 
-    What stays in ``folder`` is the image as containerd has it, so that the next start is quick.
+    What stays in ``folder`` is the image as containerd has it, 4 GB, so that the next start is quick
+    unless the code has changed; with KEEP_NODE_BUILD=1 also the builder's layers and the registry,
+    another 4 GB: then a change of code costs seconds, not minutes.
     """
     reason = why_not()
     if reason:

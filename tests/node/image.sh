@@ -49,4 +49,4 @@ pause
 say "docker/Dockerfile, with locked dependencies for a CPU"
 make --no-print-directory image BUILDER="$buildah" BASE=localhost/base IMAGE="$image" \
     BUILD_FLAGS="--isolation chroot --layers --quiet --pull-never --build-arg REQUIREMENTS=requirements/image-cpu.txt" >&2
-make --no-print-directory push BUILDER="$buildah" IMAGE="$image" PUSH_FLAGS="--tls-verify=false --quiet --disable-compression"
+make --no-print-directory push BUILDER="$buildah" IMAGE="$image" PUSH_FLAGS="--tls-verify=false --quiet --compression-format zstd --compression-level 1"
