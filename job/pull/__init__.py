@@ -16,7 +16,7 @@ import structlog
 from job.artifacts import Source, reuse
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
-from job.files import fingerprint, list_files, sha256_file
+from job.files import fingerprint, list_files, sha256_file, write_json
 from job.hub import check_access
 from job.progress import Progress
 from job.pull import file, hub, package, s3
@@ -45,6 +45,7 @@ def pull(context: Context) -> tuple[Source, Source, Source | None]:
     with context.stage("pull"):
         check_access(job.publish.hub, stop=stop, progress=progress)
         inputs = context.attempt.inputs(lambda: _resolve_all(context))
+        write_json(context.work / "pull" / "inputs.json", inputs)  # for the report
 
         def one(name: str, uri: str, kind: SourceKind) -> Source:
             return pull_one(
