@@ -13,7 +13,7 @@ from job.errors import ExitCode, JobError
 from job.store.base import ConflictError, ExistsError, Store
 
 WRITERS, ROUNDS = 8, 4
-LARGE_BYTES = 9 << 20
+LARGE_BYTES = 17 << 20
 """Above one part, so that S3 has to put parts together."""
 
 

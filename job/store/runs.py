@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -24,17 +22,9 @@ from job.errors import ExitCode, JobError
 from job.files import to_json
 from job.progress import Progress
 from job.stop import Stop
+from job.store import checkpoints
 from job.store.base import ConflictError, ExistsError, Small, Store
 from job.store.heads import Head, add_end, figures_of, next_head, run_folder
-from job.store.manifest import (
-    MANIFEST,
-    Listing,
-    delete_folders,
-    parse_listing,
-    receive,
-    send,
-    visible_files,
-)
 
 log = structlog.get_logger()
 
@@ -112,12 +102,11 @@ class Attempt:
         Raises:
             JobError: 76 if a newer attempt holds the run.
         """
-        named = {"step": step, "epoch": self.epoch}
+        named: checkpoints.Named = {"step": step, "epoch": self.epoch}
         if self._head["checkpoint"] == named:
             return
-        place, store = f"{self._root}/checkpoints/{_place(named)}", self._lasting
-        files = send(store, place, visible_files(folder), stop=self._fence, read_back=False)
-        store.put(f"{place}/{MANIFEST}", to_json(Listing(files=files).model_dump()))
+        store = self._lasting
+        checkpoints.write(store, self._root, named, folder, stop=self._fence)
 
         def name_it(head: Head) -> None:
             if head["checkpoint"] != named:
@@ -127,18 +116,9 @@ class Attempt:
         self._forget_checkpoints()
 
     def _forget_checkpoints(self) -> None:
-        """Delete what head does not name and no newer attempt can have written."""
-        below = f"{self._root}/checkpoints"
-        named = [self._head["checkpoint"], self._head["previous"]]
-        kept = {_place(one) for one in named if one}
-        found = {entry.key.split("/")[3] for entry in self._lasting.list(f"{below}/")}
-        doomed = (
-            name
-            for name in sorted(found - kept)
-            if (match := re.fullmatch(r"\d+-e(\d+)", name)) and int(match[1]) <= self.epoch
-        )
+        kept = [self._head["checkpoint"], self._head["previous"]]
         try:
-            delete_folders(self._lasting, below, doomed)
+            checkpoints.forget(self._lasting, self._root, kept, epoch=self.epoch)
         except JobError as error:
             if error.code is ExitCode.FENCED:
                 raise
@@ -150,7 +130,7 @@ class Attempt:
             if named is None:
                 continue
             try:
-                self._fetch_checkpoint(named, into)
+                checkpoints.read(self.store, self._root, named, into, stop=self._stop)
             except JobError as error:
                 if error.code not in (ExitCode.NOT_PROVEN, ExitCode.NOT_FOUND):
                     raise
@@ -159,20 +139,6 @@ class Attempt:
                 log.info("checkpoint_restored", step=named["step"], epoch=named["epoch"])
                 return int(named["step"])
         return None
-
-    def _fetch_checkpoint(self, named: dict[str, int], into: Path) -> None:
-        place = f"{self._root}/checkpoints/{_place(named)}"
-        where = f"{self.store.uri}/{place}/{MANIFEST}"
-        found = self.store.get(f"{place}/{MANIFEST}")
-        if found is None:
-            raise JobError(ExitCode.NOT_FOUND, where, "is not there", "go on from the one before")
-        listing = parse_listing(found.body, Listing, where=where)
-        partial = into.with_name(f"{into.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        receive(self.store, place, listing.files, partial, stop=self._stop)
-        shutil.rmtree(into, ignore_errors=True)
-        os.replace(partial, into)
 
     def publishing(self, version: str) -> None:
         """Say in the head that ``version`` is being written."""
@@ -306,7 +272,3 @@ def _tidy(store: Store, run_id: str, job_text: bytes) -> None:
         store.sweep(f"{run_folder(run_id)}/checkpoints/")
     except JobError as error:
         log.warning("not_swept", reason=str(error))
-
-
-def _place(named: dict[str, int]) -> str:
-    return f"{named['step']}-e{named['epoch']}"

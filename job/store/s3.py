@@ -43,12 +43,12 @@ from job.store.transfer import ordered
 
 T = TypeVar("T")
 
-PART_BYTES = 8 << 20
+PART_BYTES = 16 << 20
 MAX_PARTS = 9_000
-"""S3 allows 10,000 parts: above 72 GB they grow."""
+"""S3 allows 10,000 parts: above 150 GB they grow."""
 REQUESTS_AT_ONCE = 8
 PARTS_AHEAD = 4
-"""Parts of one file in memory: with four files, at most 128 MiB."""
+"""Parts of one file in memory: with four files, at most 256 MiB."""
 
 
 class S3Store:

@@ -19,7 +19,7 @@ from job.errors import ExitCode, JobError
 from job.fetch import fetch
 from job.progress import Progress
 from job.stop import Stop
-from job.store import open_store
+from job.store import open_store, s3
 from job.store.runs import Attempt, take
 from job.store.versions import move_channel, resolve, version_name, write_version
 
@@ -135,7 +135,7 @@ def test_a_killed_upload_costs_nothing(
     s3_root: str, tmp_path: Path, seaweed: servers.S3Server
 ) -> None:
     """SIGKILL amid a checkpoint: the one before is taken, and the orphan parts are swept."""
-    folder = a_folder(tmp_path / "c", 40 << 20)
+    folder = a_folder(tmp_path / "c", 36 << 20)
     child = start(
         """
         attempt.save_checkpoint(folder, 1)
@@ -201,8 +201,9 @@ def test_a_publisher_killed_anywhere_leaves_no_half_version(
     s3_root: str, seaweed: servers.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever request is the last: readers find no version, or a whole one that verifies."""
-    folders = {"adapter": a_folder(tmp_path / "adapter", 9 << 20)}
+    folders = {"adapter": a_folder(tmp_path / "adapter", 6 << 20)}
     version = "20261120T010203Z-e1-0123abcd"
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     attempt = take_here(s3_root)
     with servers.faulty_proxy(seaweed.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

@@ -17,7 +17,8 @@ import servers
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop, preempted
-from job.store import open_store, s3_client
+from job.store import open_store, s3, s3_client
+from job.store import probe as probe_module
 from job.store.base import ConflictError, ExistsError, Store
 from job.store.probe import probe, require_conditions
 from job.store.s3 import S3Store
@@ -25,6 +26,14 @@ from job.store.show import print_findings, probe_store
 from job.store.transfer import each
 
 MB = 1 << 20
+PART = 5 * MB
+"""The smallest part that S3 allows: tests need not move more."""
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", PART)
+    monkeypatch.setattr(probe_module, "LARGE_BYTES", PART + MB)
 
 
 @pytest.fixture
@@ -154,7 +163,7 @@ def test_a_stop_is_heard_while_the_server_is_silent(
     proxy.rule = lambda *_: "hang"
     stop = Stop()
     store = open_store(s3_root, stop=stop)
-    paths = [a_file(tmp_path / str(number), 20 * MB) for number in range(2)]
+    paths = [a_file(tmp_path / str(number), 2 * PART + MB) for number in range(2)]
     threading.Timer(0.5, stop.request, [preempted("SIGTERM")]).start()
     began = time.monotonic()
     call = lambda path, inner: store.hearing(inner).upload(path.name, path)  # noqa: E731
@@ -176,7 +185,7 @@ def test_a_silent_server_is_left_and_asked_again(
     assert store.get("a") is not None
 
 
-@pytest.mark.parametrize("size", [0, 1, 8 * MB, 8 * MB + 1, 37 * MB])
+@pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART + 7])
 def test_files_go_and_come_back(store: Store, tmp_path: Path, size: int) -> None:
     """Files of any size, also around a part's, come back byte for byte, hashed on both ways."""
     source = a_file(tmp_path / "source", size)
@@ -194,7 +203,7 @@ def test_a_failed_upload_leaves_no_parts(
 ) -> None:
     """When a part is refused for good, the others are aborted: nobody pays for orphans."""
     store = open_store(s3_root, stop=Stop())
-    source = a_file(tmp_path / "source", 40 * MB)
+    source = a_file(tmp_path / "source", 4 * PART)
     proxy.first("403", "PUT", "partNumber=3")
     assert code_of(lambda: store.upload("x/broken", source)) is ExitCode.NOT_ALLOWED
     assert open_uploads(seaweed) == []
@@ -223,7 +232,7 @@ def test_lost_answers_do_not_hurt_uploads(
 ) -> None:
     """A part sent twice, or a completion whose answer is lost, ends in the right object."""
     store = open_store(s3_root, stop=Stop())
-    source = a_file(tmp_path / "source", 20 * MB)
+    source = a_file(tmp_path / "source", 2 * PART + MB)
     proxy.first("lost", method, "partNumber=2" if method == "PUT" else "?uploadId=")
     sent = store.upload("a", source)
     assert ("lost" in [fault for _, _, fault in proxy.seen]) is True
@@ -236,7 +245,7 @@ def test_broken_downloads_are_mended(
 ) -> None:
     """A range that ends early is fetched again; what arrives is whole and verified."""
     store = open_store(s3_root, stop=Stop())
-    source = a_file(tmp_path / "source", 20 * MB)
+    source = a_file(tmp_path / "source", 2 * PART + MB)
     size, digest = store.upload("a", source)
     proxy.first(fault, "GET", "/a", times=2)
     store.download("a", tmp_path / "back", size=size, sha256=digest)
@@ -246,7 +255,7 @@ def test_broken_downloads_are_mended(
 def test_flipped_bits_are_refused(proxy: servers.Proxy, s3_root: str, tmp_path: Path) -> None:
     """Bytes that change on their way are 70, and no file is left."""
     store = open_store(s3_root, stop=Stop())
-    size, digest = store.upload("a", a_file(tmp_path / "source", 10 * MB))
+    size, digest = store.upload("a", a_file(tmp_path / "source", PART + MB))
     back = tmp_path / "back"
     proxy.first("flip", "GET", "/a")
     call = lambda: store.download("a", back, size=size, sha256=digest)  # noqa: E731
@@ -262,12 +271,12 @@ def test_an_object_replaced_while_it_is_read_is_refused(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ranges of two different objects are never put together."""
-    store.upload("a", a_file(tmp_path / "one", 20 * MB))
+    store.upload("a", a_file(tmp_path / "one", 2 * PART + MB))
     state = S3Store._state
 
     def then_replaced(self: S3Store, key: str) -> tuple[int, str]:
         known = state(self, key)
-        store.upload("a", a_file(tmp_path / "two", 20 * MB))
+        store.upload("a", a_file(tmp_path / "two", 2 * PART + MB))
         return known
 
     monkeypatch.setattr(S3Store, "_state", then_replaced)
@@ -319,7 +328,7 @@ def test_read_only_credentials_are_77(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.READER_SECRET)
     reader = open_store(s3_root, stop=Stop())
     assert reader.get("a") is not None
-    large = a_file(tmp_path / "large", 9 * MB)
+    large = a_file(tmp_path / "large", PART + MB)
     for write in (
         lambda: reader.create("b", b"x"),
         lambda: reader.upload("b", large),
@@ -332,7 +341,7 @@ def test_read_only_credentials_are_77(
 def test_a_missing_bucket_is_66(s3_root: str, tmp_path: Path) -> None:
     """Reading from and writing to a bucket that does not exist is one line and 66."""
     store = open_store("s3://no-such-bucket/x", stop=Stop())
-    source = a_file(tmp_path / "a", 9 * MB)
+    source = a_file(tmp_path / "a", PART + MB)
     for call in (
         lambda: store.get("a"),
         lambda: store.put("a", b""),
