@@ -324,7 +324,7 @@ def load_job(path: Path) -> JobConfig:
     return parse(text, JobConfig, where=str(path))
 
 
-def parse(text: str, kind: type[T], *, where: str) -> T:
+def parse(text: str, kind: type[T], *, where: str, guide: str = "docs/job-file.md") -> T:
     """Return YAML ``text`` as ``kind``.
 
     Raises:
@@ -346,7 +346,7 @@ def parse(text: str, kind: type[T], *, where: str) -> T:
         count = error.error_count()
         what = f"{count} {'setting is' if count == 1 else 'settings are'} wrong:\n  {faults}\n"
         raise JobError(
-            ExitCode.CONFIG, where, what, "mend the above; docs/job-file.md has every key"
+            ExitCode.CONFIG, where, what, f"mend the above; {guide} has every key"
         ) from None
 
 

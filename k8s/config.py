@@ -136,7 +136,7 @@ def load_cluster(path: Path) -> ClusterConfig:
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "is not UTF-8"
         raise JobError(ExitCode.NOT_FOUND, str(path), what, "name a cluster file") from error
-    cluster = parse(text, ClusterConfig, where=str(path))
+    cluster = parse(text, ClusterConfig, where=str(path), guide="docs/cluster.md")
     if cluster.require_digest and not cluster.has_digest:
         raise JobError(
             ExitCode.CONFIG,

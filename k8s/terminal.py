@@ -58,7 +58,8 @@ def settings_of(arguments: argparse.Namespace) -> ClusterConfig:
     """Return the cluster file, with the namespace and context that the flags name."""
     from k8s.config import load_cluster
 
-    settings = load_cluster(arguments.cluster)
+    beside = Path(arguments.job).parent / "cluster.yaml"
+    settings = load_cluster(arguments.cluster or beside)
     flags = {"namespace": arguments.namespace, "context": arguments.context}
     return settings.model_copy(update={key: value for key, value in flags.items() if value})
 

@@ -31,9 +31,9 @@ def call(arguments: argparse.Namespace) -> int:
     job = load(Path(arguments.job)) if is_file else None
     name = job.name if job else str(arguments.job)
     if arguments.cron:
-        if job is None or arguments.cluster is None:
-            do = "lora-job schedule JOB.yaml --cluster CLUSTER.yaml --cron …"
-            raise JobError(ExitCode.USAGE, "schedule", "--cron needs a job and a cluster file", do)
+        if job is None:
+            do = "lora-job schedule JOB.yaml --cron …"
+            raise JobError(ExitCode.USAGE, "schedule", "--cron needs a job file, not a name", do)
         cluster = _create_schedule(job, arguments)
     else:
         cluster = (

@@ -24,6 +24,8 @@ from k8s.terminal import (
     write_line,
 )
 
+BESIDE = "by itself cluster.yaml beside the job file"
+
 
 def add_parsers(verbs: Any) -> None:
     """Add a subparser for each verb of ``k8s``."""
@@ -75,7 +77,7 @@ def add_parsers(verbs: Any) -> None:
 def _add_schedule(verbs: Any) -> None:
     parser = _verb(verbs, "schedule", verb_schedule.call, "run a job every night")
     parser.add_argument("job", metavar="JOB.yaml|NAME", help="a job file; a name for what is there")
-    parser.add_argument("--cluster", type=Path, metavar="CLUSTER.yaml")
+    parser.add_argument("--cluster", type=Path, metavar="CLUSTER.yaml", help=BESIDE)
     parser.add_argument("--cron", metavar="LINE", help='such as "0 2 * * *"')
     parser.add_argument("--time-zone", metavar="ZONE", default="Etc/UTC", help="Europe/Berlin")
     parser.add_argument("--start-deadline", type=int, default=3600, metavar="SECONDS")
@@ -99,7 +101,7 @@ def _verb(verbs: Any, name: str, call: Callable[[argparse.Namespace], int], text
 
 def _files(parser: Any) -> None:
     parser.add_argument("job", type=Path, metavar="JOB.yaml")
-    parser.add_argument("--cluster", type=Path, required=True, metavar="CLUSTER.yaml")
+    parser.add_argument("--cluster", type=Path, metavar="CLUSTER.yaml", help=BESIDE)
     _where(parser)
 
 
@@ -148,7 +150,7 @@ def _why(arguments: argparse.Namespace) -> int:
     from k8s.why import why
 
     answer = why(gather(open_cluster(arguments), arguments.run, store=arguments.store))
-    print_json(asdict(answer)) if wants_json(arguments) else print(answer)
+    print_json(asdict(answer)) if wants_json(arguments) else print(f"{answer.cause}: {answer}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from job.config import JobConfig, parse
 from job.errors import JobError
 from k8s import cli
-from k8s.config import ClusterConfig, load_cluster
+from k8s.config import CacheSection, ClusterConfig, load_cluster
 from k8s.inputs import local_inputs, upload
 from k8s.render import job_file
 
+ROOT = Path(__file__).parents[2]
 DIGEST = f"registry.example/lora-job@sha256:{'a' * 64}"
 TOKEN = "hf_" + "a" * 34
 JOB = """
@@ -238,3 +240,24 @@ def test_the_cluster_file_keeps_its_promises() -> None:
     """Frozen, and safe by itself: on-demand, one GPU, the namespace of the set-up manifests."""
     cluster = ClusterConfig.model_validate({"platform": "aks", "image": DIGEST})
     assert (cluster.capacity, cluster.gpus, cluster.namespace) == ("on-demand", 1, "lora-job")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/cluster.yaml")), ids=str)
+def test_every_recipe_renders_with_the_cluster_file_beside_it(types: Types, path: Path) -> None:
+    """`lora-job submit examples/…/job.yaml` needs no flag."""
+    code, out, err = types("render", path.parent / "job.yaml")
+    assert code == 0, err
+    assert [item["kind"] for item in yaml.safe_load_all(out)] == ["ConfigMap", "Job"]
+
+
+def test_the_guide_names_every_setting_and_every_cause() -> None:
+    """docs/cluster.md has each key of a cluster file, and each answer of `why` with its mend."""
+    from k8s import pending, why
+
+    guide = (ROOT / "docs/cluster.md").read_text()
+    keys = [*ClusterConfig.model_fields, *CacheSection.model_fields]
+    assert [key for key in keys if f"`{key}`" not in guide and f"`cache.{key}`" not in guide] == []
+    sources = [Path(module.__file__).read_text() for module in (pending, why)]
+    causes = {cause for text in sources for cause in re.findall(r'Answer\(\s*"([a-z-]+)"', text)}
+    assert len(causes) > 25
+    assert [cause for cause in sorted(causes) if f"`{cause}`" not in guide] == []
