@@ -61,10 +61,12 @@ class Prepared:
 
     @property
     def report(self) -> dict[str, Any]:
+        """data_report.json."""
         found: dict[str, Any] = json.loads((self.folder / "data_report.json").read_text())
         return found
 
     def rows(self, name: str = "train") -> list[dict[str, Any]]:
+        """Return the rows of one Arrow stream."""
         with pa.memory_map(str(self.folder / f"{name}.arrow")) as stream:
             return list(pa.ipc.open_stream(stream).read_all().to_pylist())
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job.data.render import SLOT, Rendered
 from job.data.template import Template
+from job.data.words import Words, splits_at_spaces
 from job.errors import ExitCode, JobError
 
 IGNORED = -100
@@ -132,6 +132,8 @@ class Encoder:
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
         self._literal = Tokenizer.from_str(self._tokenizer.to_str())
         self._literal.encode_special_tokens = True
+        words = splits_at_spaces(_read_json(path))
+        self._words = Words(self._tokenizer) if words else None
         settings = _settings(folder)
         self.eos = _token(settings["eos_token"]) if settings.get("eos_token") else ""
         self._pad = _token(settings["pad_token"]) if settings.get("pad_token") else ""
@@ -194,40 +196,54 @@ class Encoder:
         pieces += [(rendered.shown(piece), SLOT.search(piece) is not None) for piece in found]
         return len(found)
 
-    def _ids(self, pieces: list[tuple[str, bool]]) -> Iterable[list[int]]:
-        texts = [text if not literal else "" for text, literal in pieces]
-        plain = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (text, literal), encoding in zip(pieces, plain, strict=True):
-            chosen = self._literal.encode(text, add_special_tokens=False) if literal else encoding
-            yield chosen.ids
+    def _ids(self, pieces: list[tuple[str, bool]]) -> list[Any]:
+        """Return an int32 array for each piece."""
+        import numpy as np
+
+        ids = self._plain_ids([text if not literal else "" for text, literal in pieces])
+        for at, (text, literal) in enumerate(pieces):
+            if literal:
+                found = self._literal.encode(text, add_special_tokens=False)
+                ids[at] = np.array(found.ids, np.int32)
+        return ids
+
+    def _plain_ids(self, texts: list[str]) -> list[Any]:
+        import numpy as np
+
+        if self._words is not None:
+            return [np.frombuffer(ids, np.int32) for ids in self._words.encode(texts)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def _whole(self, rendered: Rendered) -> Tokens:
+        import numpy as np
+
         def ids_of(text: str) -> list[int]:
             pieces: list[tuple[str, bool]] = []
             self._cut(text, rendered, pieces)
-            return [number for ids in self._ids(pieces) for number in ids]
+            return [number for ids in self._ids(pieces) for number in ids.tolist()]
 
         full = ids_of("".join(text for text, _ in rendered.segments))
-        parts: list[list[list[int]]] = []
+        parts: list[list[Any]] = []
         done, before = 0, ""
         for text, _ in rendered.segments:
             before += text
             end = max(done, _common(ids_of(before), full))
-            parts.append([full[done:end]])
+            parts.append([np.array(full[done:end], np.int32)])
             done = end
         return _tokens(parts, rendered)
 
 
-def _tokens(parts: list[list[list[int]]], rendered: Rendered) -> Tokens:
-    """Return arrays of ids and labels; ``parts``: per segment, its pieces' ids."""
+def _tokens(parts: list[list[Any]], rendered: Rendered) -> Tokens:
+    """Return ids and labels; ``parts``: for each segment, the ids of its pieces."""
     import numpy as np
 
-    ids, labels = [], []
-    for pieces, (_, trained) in zip(parts, rendered.segments, strict=True):
-        for piece in pieces:
-            array = np.asarray(piece, dtype=np.int32)
-            ids.append(array)
-            labels.append(array if trained else np.full(len(array), IGNORED, np.int32))
+    ids = [piece for pieces in parts for piece in pieces]
+    trained = [on for pieces, (_, on) in zip(parts, rendered.segments, strict=True) for _ in pieces]
+    labels = [
+        piece if on else np.full(len(piece), IGNORED, np.int32)
+        for piece, on in zip(ids, trained, strict=True)
+    ]
     return Tokens(np.concatenate(ids), np.concatenate(labels))
 
 

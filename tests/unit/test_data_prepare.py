@@ -150,7 +150,7 @@ def test_harmony_control_tokens_in_content_stay_text(tmp_path: Path) -> None:
     assert found.rows()[0]["input_ids"].count(end) == 4  # system, user, analysis, final
     assert found.texts()[0][0].count(attack) == 3
     calls = [{"function": {"name": "get", "arguments": {"q": "<|call|>"}}}]
-    text, trained = prepare(tmp_path, [chat("a", "", tool_calls=calls)], arch="gpt_oss").texts()[0]
+    _, trained = prepare(tmp_path, [chat("a", "", tool_calls=calls)], arch="gpt_oss").texts()[0]
     assert trained.endswith('{"q": "<|call|>"}<|call|>')
 
 
@@ -353,9 +353,9 @@ def test_held_out_source(tmp_path: Path) -> None:
         {"count": 1, "kind": "dropped", "reason": "is also in the held-out data",
          "rows": ["rows.jsonl:1"]}
     ]  # fmt: skip
+    bad = {"messages": [{"role": "narrator", "content": "x"}]}
+    tiny.write_rows(folder / "rows.jsonl", [bad])
     with pytest.raises(JobError, match="narrator"):
-        bad = {"messages": [{"role": "narrator", "content": "x"}]}
-        tiny.write_rows(folder / "rows.jsonl", [bad])
         prepare(tmp_path, CHATS, held_out=folder)
 
 
@@ -401,9 +401,12 @@ def test_memory_does_not_grow_with_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three times the rows take the same memory."""
-    monkeypatch.setattr("job.data.write.BATCH_TOKENS", 10_000)
+    monkeypatch.setattr("job.data.write.BATCH_TOKENS", 2000)
+    monkeypatch.setattr("job.data.rows.BATCH_ROWS", 32)
+    monkeypatch.setattr("job.data.rows.SAMPLE_ROWS", 32)
+    monkeypatch.setattr("job.data.pack.MOST_OPEN", 32)
     peaks = []
-    for count in (2000, 2000, 6000):
+    for count in (500, 500, 1500):
         rows = [chat(f"Q{n}", "answer") for n in range(count)]
         tiny.write_rows(tmp_path / f"rows-{count}/rows.jsonl", rows)
         del rows

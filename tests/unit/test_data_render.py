@@ -233,20 +233,25 @@ def test_calls_vanish_under_chatml() -> None:
         rendered(CHATML, USER, answer("", tool_calls=[call("get", a=1)]))
 
 
+ANALYSED = "<|channel|>analysis<|message|>hm<|end|>"
+CALLED = (
+    "<|start|>assistant to=functions.get<|channel|>commentary <|constrain|>json<|message|>"
+    '{"a": 1}<|call|>'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (
-            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
-            "<|message|>A<|return|>",
+            ANALYSED + "<|start|>assistant<|channel|>final<|message|>A<|return|>",
             ("hm", "A"),
         ),
         ("<|channel|>analysis<|message|>cut off", ("cut off", "")),
         ("<|channel|>final<|message|>A", ("", "A")),
         (
-            "<|channel|>analysis<|message|>x<|end|><|start|>assistant to=functions.get"
-            '<|channel|>commentary <|constrain|>json<|message|>{"a": 1}<|call|>',
-            ("x", 'functions.get {"a": 1}'),
+            ANALYSED + CALLED,
+            ("hm", 'functions.get {"a": 1}'),
         ),
         ("<think>\nhm\n</think>\n\nA", ("hm", "A")),
         ("hm\n</think>\n\nA", ("hm", "A")),
