@@ -9,8 +9,9 @@ from typing import Literal
 
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
-from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import Object
 
 GPU = "nvidia.com/gpu"
@@ -250,7 +251,7 @@ def _short(asked: Object, share: Object) -> list[tuple[str, str]]:
 
 
 def _dry_run(cluster: Cluster, objects: list[Object]) -> Iterator[Finding]:
-    from k8s.cluster import AlreadyExistsError
+    from k8s.refusals import AlreadyExistsError
 
     warnings: list[str] = []
     for item in objects:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from job.errors import ExitCode, JobError
+from k8s.refusals import CutError, GoneError, NotFoundError, raise_refusal
 from k8s.render import Object, to_yaml
 
 KINDS = {
@@ -39,30 +39,6 @@ CONNECT_S, READ_S = 10.0, 60.0
 PAGE = 500
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 MERGE_PATCH = "application/merge-patch+json"
-
-
-class NotFoundError(Exception):
-    """The object is not there."""
-
-
-class AlreadyExistsError(Exception):
-    """An object of this name is there already."""
-
-
-class ForbiddenError(JobError):
-    """The Role does not hold this verb on this resource."""
-
-
-class GoneError(Exception):
-    """The resource version is too old (410): list anew."""
-
-
-class CutError(JobError):
-    """The server can't be reached, the connection broke, or it is busy: it may pass."""
-
-    def __init__(self, where: str, what: str) -> None:
-        do = "see the kubeconfig's address, the VPN, and whether the cluster runs, then repeat"
-        super().__init__(ExitCode.STORE, where, what[:300], do)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +69,22 @@ class Cluster:
         """Return one page as the server sends it, with the resource version to watch from."""
         return self._call("list", kind, query=query).body
 
-    def list(self, kind: str, *, accept: str = "application/json", **query: Any) -> list[Object]:
-        """Return all objects (or table rows) that the server selects, page by page."""
-        items: list[Object] = []
+    def pages(
+        self, kind: str, *, accept: str = "application/json", **query: Any
+    ) -> Iterator[list[Object]]:
+        """Yield the objects (or rows of a table) that the server selects, page by page."""
         token = ""
         while True:
             page = {"limit": PAGE, **query, **({"continue": token} if token else {})}
             body = self._call("list", kind, query=page, accept=accept).body
-            items += body.get("items") or body.get("rows") or []
+            yield body.get("items") or body.get("rows") or []
             token = body.get("metadata", {}).get("continue", "")
-            if not token or len(items) >= query.get("limit", float("inf")):
-                return items
+            if not token or "limit" in query:
+                return
+
+    def list(self, kind: str, **query: Any) -> list[Object]:
+        """Return all objects that the server selects."""
+        return [item for page in self.pages(kind, **query) for item in page]
 
     def create(self, item: Object, *, dry_run: bool = False) -> Reply:
         """Create an object, strictly: a field that the server does not know is an error.
@@ -264,35 +245,9 @@ class Cluster:
         message = said.get("message") or data.decode(errors="replace")[:300]
         resource = (CLUSTER_KINDS | KINDS)[kind][1] + (f"/{part}" if part else "")
         where = f"{self.host}: {resource}" + (f"/{name}" if name else "")
-        _raise_known(status, said.get("reason"), message, f"{verb} {resource}", self, where)
-
-
-def _raise_known(
-    status: int, reason: str | None, message: str, deed: str, cluster: Cluster, where: str
-) -> None:
-    namespace = cluster.namespace
-    if status == 401:
-        do = "log in again (the kubeconfig's user), then repeat"
-        raise JobError(ExitCode.NOT_ALLOWED, where, "the credentials are expired or refused", do)
-    if status == 403 and "quota" in message:
-        raise JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
-    if status == 403:
-        what = f"may not {deed} in namespace {namespace}"
-        do = f"add this verb and resource to your Role (k8s/manifests/setup): {deed}"
-        raise ForbiddenError(ExitCode.NOT_ALLOWED, where, what, do)
-    if status == 404 and "namespaces" in message:
-        do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
-        raise JobError(ExitCode.NOT_FOUND, where, f"there is no namespace {namespace}", do)
-    if status == 404:
-        raise NotFoundError(where)
-    if status == 409 and reason == "AlreadyExists":
-        raise AlreadyExistsError(where)
-    if status == 410:
-        raise GoneError
-    # A log of a container that has not started yet is a 400 that passes.
-    if status in (429, 500, 502, 503, 504) or (status == 400 and "log" in where):
-        raise CutError(where, message)
-    raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
+        raise_refusal(
+            status, said.get("reason"), message, f"{verb} {resource}", self.namespace, where
+        )
 
 
 @contextlib.contextmanager

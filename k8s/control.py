@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop
-from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.cluster import Cluster
+from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import QUEUE, Object
 from k8s.runs import JOB_LABEL, Run, condition, find, missing
 from k8s.watch import changes, until

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from k8s.cluster import Cluster, ForbiddenError, NotFoundError
+from k8s.cluster import Cluster
 from k8s.control import workload_of
+from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import SELECTOR, Object
 from k8s.runs import JOB_LABEL, Run, find, observe
 

@@ -10,7 +10,8 @@ import structlog
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop
-from k8s.cluster import Cluster, CutError, NotFoundError
+from k8s.cluster import Cluster
+from k8s.refusals import CutError, NotFoundError
 from k8s.render import SINGLE_WRITER, STORE, Object
 from k8s.runs import condition, container, missing, observe
 from k8s.stored import read_logs

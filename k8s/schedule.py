@@ -10,8 +10,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from k8s.checks import Finding, run_checks
-from k8s.cluster import AlreadyExistsError, Cluster
+from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.refusals import AlreadyExistsError
 from k8s.render import APP, CONFIG, MANAGED_BY, SCHEDULE, Object, cron_objects
 from k8s.status import describe_cronjob
 from k8s.submit import Say, ensure_config, own, refuse_wrong, sweep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -89,11 +90,14 @@ def list_runs(cluster: Cluster, *, selector: str | None, limit: int) -> list[Run
     (names and times), and then for the newest few alone.
     """
     labels = ",".join(filter(None, (SELECTOR, selector)))
-    rows = cluster.list("Job", accept=TABLE, labelSelector=labels, includeObject="Metadata")
-    metas = [row["object"]["metadata"] for row in rows]
-    metas.sort(key=lambda meta: (meta["creationTimestamp"], meta["name"]), reverse=True)
-    names = [meta["name"] for meta in metas[:limit]]
-    return [run for name in names if (run := _light(cluster, name)) is not None]
+    query = {"labelSelector": labels, "includeObject": "Metadata"}
+    newest: list[tuple[str, str]] = []
+    for rows in cluster.pages("Job", accept=TABLE, **query):
+        metas = (row["object"]["metadata"] for row in rows)
+        born = [(meta["creationTimestamp"], meta["name"]) for meta in metas]
+        # A page at a time is held, whatever their number.
+        newest = heapq.nlargest(limit, newest + born)
+    return [run for _, name in newest if (run := _light(cluster, name)) is not None]
 
 
 def _light(cluster: Cluster, name: str) -> Run | None:

@@ -11,8 +11,9 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.stop import Stop
 from k8s.checks import Finding, run_checks
-from k8s.cluster import AlreadyExistsError, Cluster
+from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.refusals import AlreadyExistsError
 from k8s.render import APP, MANAGED_BY, OWNED, Object, objects
 from k8s.runs import condition, seconds
 from k8s.watch import changes

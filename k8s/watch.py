@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from job.errors import ExitCode, JobError
-from k8s.cluster import Cluster, CutError, GoneError
+from k8s.cluster import Cluster
+from k8s.refusals import CutError, GoneError
 from k8s.render import Object
 
 T = TypeVar("T")

@@ -15,9 +15,10 @@ from submitting import Person, person
 
 from job.errors import JobError
 from job.stop import Stop
-from k8s.cluster import Cluster, CutError, GoneError
+from k8s.cluster import Cluster
 from k8s.connect import connect
 from k8s.control import wait
+from k8s.refusals import CutError, GoneError
 from k8s.watch import changes
 
 Object = dict[str, Any]

@@ -1,0 +1,57 @@
+"""What an API server's refusals mean to a person: the verb, the resource, the mend."""
+
+from __future__ import annotations
+
+from job.errors import ExitCode, JobError
+
+
+class NotFoundError(Exception):
+    """The object is not there."""
+
+
+class AlreadyExistsError(Exception):
+    """An object of this name is there already."""
+
+
+class ForbiddenError(JobError):
+    """The Role does not hold this verb on this resource."""
+
+
+class GoneError(Exception):
+    """The resource version is too old (410): list anew."""
+
+
+class CutError(JobError):
+    """The server can't be reached, the connection broke, or it is busy: it may pass."""
+
+    def __init__(self, where: str, what: str) -> None:
+        do = "see the kubeconfig's address, the VPN, and whether the cluster runs, then repeat"
+        super().__init__(ExitCode.STORE, where, what[:300], do)
+
+
+def raise_refusal(
+    status: int, reason: str | None, message: str, deed: str, namespace: str, where: str
+) -> None:
+    """Raise what a status of 400 or more means; ``deed`` is the verb and resource it was for."""
+    if status == 401:
+        do = "log in again (the kubeconfig's user), then repeat"
+        raise JobError(ExitCode.NOT_ALLOWED, where, "the credentials are expired or refused", do)
+    if status == 403 and "quota" in message:
+        raise JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
+    if status == 403:
+        what = f"may not {deed} in namespace {namespace}"
+        do = f"add this verb and resource to your Role (k8s/manifests/setup): {deed}"
+        raise ForbiddenError(ExitCode.NOT_ALLOWED, where, what, do)
+    if status == 404 and "namespaces" in message:
+        do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
+        raise JobError(ExitCode.NOT_FOUND, where, f"there is no namespace {namespace}", do)
+    if status == 404:
+        raise NotFoundError(where)
+    if status == 409 and reason == "AlreadyExists":
+        raise AlreadyExistsError(where)
+    if status == 410:
+        raise GoneError
+    # A log of a container that has not started yet is a 400 that passes.
+    if status in (429, 500, 502, 503, 504) or (status == 400 and "log" in where):
+        raise CutError(where, message)
+    raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
