@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> N
     as_json = structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
     as_text = structlog.dev.ConsoleRenderer(colors=True) if stream.isatty() else as_json
 
-    def write(logger: Any, method: str, event: dict[str, Any]) -> str:
+    def write(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
         if copy is not None:
             copy.write(str(as_json(logger, method, dict(event))) + "\n")
         return str(as_text(logger, method, event))

@@ -107,14 +107,27 @@ def _published(context: Context, store: Store) -> Receipt | None:
 
 
 def _pipeline(context: Context) -> Receipt:
-    from job import pipeline, report
+    from job import pipeline
 
     try:
-        return pipeline.run(context)
-    finally:
-        with contextlib.suppress(Exception):
-            # The report is a courtesy: it must neither hide an error nor make one.
-            context.attempt.put("report.html", report.render(context).encode())
+        receipt = pipeline.run(context)
+    except JobError as error:
+        # A store that can't be reached would keep the report waiting as long again.
+        if error.code is not ExitCode.STORE:
+            _report(context)
+        raise
+    _report(context)
+    return receipt
+
+
+def _report(context: Context) -> None:
+    """Leave report.html with the attempt. A courtesy: it neither hides an error nor makes one."""
+    from job import report
+
+    try:
+        context.attempt.put("report.html", report.render(context).encode())
+    except Exception as error:  # noqa: BLE001
+        log.warning("report_not_written", reason=repr(error))
 
 
 def _resolved(job: JobConfig) -> bytes:
@@ -190,4 +203,3 @@ def _explain_os_error(error: OSError) -> JobError | None:
             ExitCode.NOT_ALLOWED, named, "may not be written or read", "grant it, or use --work"
         )
     return None
-

@@ -62,7 +62,7 @@ def write_job(folder: Path, *, arch: str = "llama", rows: int = 24, **changes: A
 class Process:
     """A running ``python -m job``; its log is JSON lines on stderr."""
 
-    popen: "subprocess.Popen[str]"
+    popen: subprocess.Popen[str]
     events: list[dict[str, Any]] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
 

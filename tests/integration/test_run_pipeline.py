@@ -77,7 +77,7 @@ def test_sigterm_in_any_stage_ends_with_75_and_the_run_goes_on(tmp_path: Path) -
 
 
 def test_a_killed_run_ends_with_the_same_adapter(tmp_path: Path) -> None:
-    """kill -9 in mid-training: the next attempt resumes, and the adapter is bit for bit the same."""
+    """Kill -9 in mid-training: the next attempt resumes, and the adapter is bit for bit the same."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tiny.tiny_model(tmp_path / "base", "llama")
     tiny.write_rows(tmp_path / "rows.jsonl", tiny.tiny_rows(24))
