@@ -23,7 +23,7 @@ def until(
     """Return ``call()``, again while the server is away, for at most ``away_s`` seconds.
 
     An API server that has just started knows no Roles yet and refuses everybody: what was
-    ``allowed_before`` is asked again for half a minute.
+    ``allowed_before``, or before which the server was away, is asked again for half a minute.
 
     Raises:
         CutError: the server stayed away.
@@ -35,6 +35,7 @@ def until(
             return call()
         except JobError as error:
             away = isinstance(error, CutError)
+            allowed_before = allowed_before or away
             forgetful = allowed_before and error.code is ExitCode.NOT_ALLOWED
             if not (away and waited < away_s) and not (forgetful and waited < FORGETFUL_S):
                 raise
