@@ -11,11 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows import STARTED, job_with, prepare, source, tokenizer_folder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from job.data.normalise import normaliser
 from job.data.pack import Packer
 from job.data.prepare import _fingerprint
+from job.data.read import RowFault
 from job.data.render import Rendered
 from job.data.tokens import IGNORED, Encoder, Tokens
 from job.errors import ExitCode, JobError
@@ -436,3 +440,29 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
             job_with(), base, rows, None, tmp_path / "out",
             stop=Stop(), progress=Progress(), started=STARTED,
         )  # fmt: skip
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "function", "name",
+                                           "arguments", "tool_calls", "thinking", "text"]), inner)
+    ),
+    max_leaves=12,
+)  # fmt: skip
+ROW = st.dictionaries(
+    st.sampled_from(["messages", "conversations", "prompt", "completion", "instruction", "output",
+                     "input", "system", "text", "tools"]), JSON)  # fmt: skip
+
+
+@given(row=ROW, shape=st.sampled_from(["messages", "prompt+completion", "alpaca", "text"]))
+@settings(max_examples=400, deadline=None)
+def test_any_row_becomes_an_example_or_a_fault(row: dict[str, Any], shape: Any) -> None:
+    """Whatever a row holds, it is normalised, or refused with a reason; nothing else is raised."""
+    try:
+        example = normaliser(shape, None, as_chat=True)(row)
+    except RowFault:
+        return
+    assert example.messages or example.text
+    assert all(isinstance(message["content"], str) for message in example.messages)

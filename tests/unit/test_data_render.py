@@ -268,3 +268,27 @@ def test_split_takes_special_tokens_out() -> None:
     """A tokenizer's special tokens are not part of what was said."""
     tokenizer = tiny.tiny_tokenizer("llama")
     assert split_thinking("<think>a</think>b<|im_end|>", tokenizer, "tags") == ("a", "b")
+
+
+def test_differences_from_harmony_are_those_listed() -> None:
+    """docs/harmony.md lists where the checkpoint's template leaves harmony; so it renders here."""
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        answer("", thinking="call", tool_calls=[call("get", a=1)]),
+        {"role": "tool", "content": '{"b": 2}'},
+        answer("Done."),
+    ]
+    whole = rendered(HARMONY, *turns, tools=None)[-1][0]
+    assert "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|>" in whole
+    assert "<|start|>assistant to=functions.get<|channel|>commentary json<|message|>" in whole
+    assert r'to=assistant<|channel|>commentary<|message|>"{\"b\": 2}"<|end|>' in whole
+    assert whole.endswith("<|start|>assistant<|channel|>final<|message|>Done.<|return|>")
+    assert "Reasoning: medium" in whole
+
+
+def test_an_empty_thought_is_none() -> None:
+    """The template would write an analysis of no words for thinking: ""."""
+    row = {"messages": [USER, answer("A", thinking="")]}
+    example = normaliser("messages", None, as_chat=True)(row)
+    assert "analysis<|message|>" not in rendered(HARMONY, *example.messages)[0][0]

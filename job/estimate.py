@@ -1,0 +1,178 @@
+"""What a run will need, before it runs: steps, memory by terms, disk by files. Torch-free arithmetic.
+
+The sizes come from the model built on torch's meta device (:func:`measure`), which has every name
+and shape and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.artifacts import Source
+from job.config import JobConfig
+from job.errors import ExitCode, JobError
+
+TILE_BYTES = 256 << 20  # of the loss, see job.train.loss
+CUDA_BYTES = 1.2e9
+"""Context, cuBLAS workspaces and what the allocator keeps apart."""
+CPU_BYTES = 0.6e9
+"""Python, torch and the libraries themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes that memory depends on."""
+
+    parameters: int
+    adapted: int
+    """Parameters that are trained: the adapter's, and whole modules'."""
+    layers: int
+    hidden: int
+    intermediate: int
+    """Width of the MLP that one token takes, over all its experts."""
+    heads: int
+    head_dim: int
+    kv_heads: int
+    vocabulary: int
+    bytes_each: int
+    """Of a frozen weight while training."""
+    fused_attention: bool
+    """Whether scores are never written out whole."""
+
+
+def measure(job: JobConfig, model: Source) -> Shape:
+    """Build base and adapter without weights, check the job file's names against it, and measure.
+
+    Raises:
+        JobError: 64 without the train extra, 66 for an architecture that is not known, 78 for a
+            name that the model has not, with the near misses.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from job.train.lora import add_lora
+        from job.train.model import pick_attention, pick_dtype
+    except ModuleNotFoundError as error:
+        what = f"names and memory are not checked: {error.name} is not installed"
+        raise JobError(ExitCode.USAGE, "check", what, "pip install 'lora-job[train]'") from None
+    try:
+        config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False)
+        dtype = pick_dtype(job.model.dtype, config, job.device)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise JobError(
+            ExitCode.NOT_FOUND, "model.source", f"is no model that is known here: {words}",
+            "choose an architecture that transformers has",
+        ) from error  # fmt: skip
+    attention, _ = pick_attention(job.model.attention, config, job.device)
+    parameters = sum(p.numel() for p in base.parameters())
+    with torch.device("meta"):
+        wrapped = add_lora(base, job.lora, seed=job.seed)
+    adapted = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    text = config.get_text_config()
+    return Shape(
+        parameters=parameters,
+        adapted=adapted,
+        bytes_each=dtype.itemsize,
+        fused_attention=attention != "eager",
+        **_widths(text),
+    )
+
+
+def _widths(text: Any) -> dict[str, int]:
+    """Return the widths of a transformers text config."""
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    one = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    heads = text.num_attention_heads
+    return {
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "intermediate": experts * one,
+        "heads": heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "vocabulary": text.vocab_size,
+    }
+
+
+def planned_steps(job: JobConfig, num_rows: int) -> int:
+    """Return the optimiser steps of a run, as job.train.trainer counts them."""
+    if job.train.max_steps is not None:
+        return job.train.max_steps
+    batches = math.ceil(num_rows / job.train.batch_size)
+    return math.ceil(job.train.epochs * math.ceil(batches / job.train.gradient_accumulation))
+
+
+def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
+    """Return the peak of training in bytes, by terms.
+
+    Args:
+        job: The job file.
+        shape: Sizes of base and adapter.
+        longest: Tokens of the longest row, T.
+    """
+    rows, each = job.train.batch_size, shape.bytes_each
+    tokens = rows * longest
+    attention = tokens * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    # Two norms and two residuals; gate, up, their product; queries, keys, values, output.
+    layer = (4 * tokens * shape.hidden + 3 * tokens * shape.intermediate + attention) * each
+    if not shape.fused_attention:
+        # Scores, their softmax in fp32, and its gradient.
+        layer += rows * shape.heads * longest**2 * (each + 8)
+    kept = shape.layers * tokens * shape.hidden * each
+    activations = kept + 2 * layer if job.train.gradient_checkpointing else shape.layers * layer
+    tile = min(TILE_BYTES, tokens * shape.vocabulary * 4)
+    return {
+        "weights": shape.parameters * each,
+        "adapter": shape.adapted * 4,
+        "gradients": shape.adapted * 4,
+        "optimizer": shape.adapted * 8,
+        "activations": activations,
+        "logits": 3 * tile + 2 * tokens * shape.hidden * 4,
+        "runtime": int(CUDA_BYTES if job.device == "cuda" else CPU_BYTES),
+    }
+
+
+def disk(
+    job: JobConfig, shape: Shape, *, model_bytes: int, data_bytes: int, tokens: int
+) -> dict[str, int]:
+    """Return what a run writes beside what is read in place, in bytes, by kinds.
+
+    Args:
+        job: The job file.
+        shape: Sizes of base and adapter.
+        model_bytes: What is downloaded of the model.
+        data_bytes: What is downloaded of the data.
+        tokens: In train.arrow and held_out.arrow.
+    """
+    each = {"fp32": 4, "bf16": 2, "none": 0}.get(job.merge.format, shape.bytes_each)
+    merged = model_bytes if job.merge.format == "mxfp4-preserve" else shape.parameters * each
+    return {
+        "model": model_bytes,
+        "data": data_bytes,
+        "tokens": 8 * tokens,
+        # Two stay, a third is written; each has the adapter and two moments.
+        "checkpoints": 3 * shape.adapted * 12,
+        "adapter": shape.adapted * 4,
+        "merged": merged,
+    }
+
+
+def available_bytes(device: str) -> int | None:
+    """Return the memory of this machine (and not of another's GPU), or None."""
+    if device != "cpu":
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal")
+    )
+    return total if text == "max" else min(total, int(text))
