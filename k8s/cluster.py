@@ -38,7 +38,7 @@ CLUSTER_KINDS = {
 CONNECT_S, READ_S = 10.0, 60.0
 PAGE = 500
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
-MERGE_PATCH = "application/merge-patch+json"
+MERGE_PATCH, JSON_PATCH = "application/merge-patch+json", "application/json-patch+json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,21 @@ class Cluster:
         """
         body = json.dumps(change).encode()
         return self._call("patch", kind, name, body=body, query=query, content=MERGE_PATCH).body
+
+    def replace(self, item: Object) -> Object:
+        """Give an object that is there this spec, these labels and annotations, and no others.
+
+        A merge would keep what is gone: the node labels of a platform that it was on before.
+        """
+        meta = item["metadata"]
+        parts = {"/spec": item["spec"], "/metadata/labels": meta["labels"]}
+        parts["/metadata/annotations"] = meta["annotations"]
+        change = [{"op": "add", "path": path, "value": value} for path, value in parts.items()]
+        body, name = json.dumps(change).encode(), meta["name"]
+        query = {"fieldValidation": "Strict"}
+        return self._call(
+            "patch", item["kind"], name, body=body, query=query, content=JSON_PATCH
+        ).body
 
     def delete(self, kind: str, name: str, *, propagation: str = "Background") -> bool:
         """Delete an object; return whether it was there."""

@@ -9,7 +9,7 @@ from job.errors import ExitCode, JobError
 from job.stop import Stop
 from k8s.cluster import Cluster
 from k8s.refusals import ForbiddenError, NotFoundError
-from k8s.render import QUEUE, Object
+from k8s.render import QUEUE, STORE, Object
 from k8s.runs import JOB_LABEL, Run, condition, find, missing
 from k8s.watch import changes, until
 
@@ -27,6 +27,9 @@ def wait(
     give_up = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
     selector = f"metadata.name={name}"
     for jobs in changes(cluster, "Job", wait=stop.wait, seconds=10, fieldSelector=selector):
+        if jobs:
+            # Should it be deleted while we wait, the store still knows how it ended.
+            store = (jobs[0]["metadata"].get("annotations") or {}).get(STORE) or store
         if not jobs or condition(jobs[0], "Complete") or condition(jobs[0], "Failed"):
             break
         if time.monotonic() > give_up:

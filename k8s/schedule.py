@@ -107,7 +107,7 @@ def schedule(
     try:
         owner = cluster.create(item).body
     except AlreadyExistsError:
-        owner = cluster.patch("CronJob", job.name, {**item, "apiVersion": "batch/v1"})
+        owner = cluster.replace(item)
     own(cluster, config["metadata"]["name"], owner)
     _drop_old_configs(cluster, job.name, keep=config["metadata"]["name"])
     return findings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
 from k8s.cluster import TABLE, Cluster
@@ -97,7 +98,9 @@ def list_runs(cluster: Cluster, *, selector: str | None, limit: int) -> list[Run
         born = [(meta["creationTimestamp"], meta["name"]) for meta in metas]
         # A page at a time is held, whatever their number.
         newest = heapq.nlargest(limit, newest + born)
-    return [run for _, name in newest if (run := _light(cluster, name)) is not None]
+    with ThreadPoolExecutor(8) as pool:  # two requests a run, over what may be a long way
+        runs = pool.map(lambda born: _light(cluster, born[1]), newest)
+        return [run for run in runs if run is not None]
 
 
 def _light(cluster: Cluster, name: str) -> Run | None:

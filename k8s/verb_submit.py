@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from k8s.runs import Run
 
 
+DETACHED = 130
+"""What a shell says of a program that Ctrl-C ended: nothing is verified yet."""
+
+
 def call(arguments: argparse.Namespace) -> int:
     """Submit a job file, and print the run's id or follow it."""
     from k8s import inputs, submit
@@ -82,7 +86,7 @@ def _follow(cluster: Cluster, run: str, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         back = f"lora-job logs {run} -f -n {cluster.namespace}"
         say(f"\ndetached: {run} goes on. Come back with: {back}")
-        return 0
+        return DETACHED
     return tell_end(done, arguments)
 
 

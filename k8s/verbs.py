@@ -165,6 +165,7 @@ def _logs(arguments: argparse.Namespace) -> int:
         logs.follow(cluster, arguments.run, write_line, new_stop(), waiting=lambda: None)
     except KeyboardInterrupt:
         say(f"\ndetached: {arguments.run} goes on")
+        return verb_submit.DETACHED
     return 0
 
 

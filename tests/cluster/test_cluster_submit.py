@@ -276,6 +276,10 @@ def test_schedule_is_created_changed_fired_once_and_deleted(
     assert me.types("schedule", job_path, *line)[0] == 0
     (config,) = configs(controllers, me.namespace)
     assert config["metadata"]["name"] != old
+    me.write(platform="aks")
+    assert me.types("schedule", job_path, *line)[0] == 0
+    pod = controllers.get(path)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "Standard_ND96isr_H100_v5"}
 
     for _ in range(2):
         code, _, err = me.types("schedule", "night", "--run-now")

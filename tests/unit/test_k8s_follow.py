@@ -1,0 +1,148 @@
+"""Following a run over its attempts, with a cluster of our own making behind our own seam."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from job.errors import JobError
+from job.stop import Stop
+from k8s import verb_submit
+from k8s.logs import follow
+from k8s.refusals import CutError
+
+Object = dict[str, Any]
+
+RUN = "night-1a2b3c4d"
+WORD = json.dumps({"code": 79, "name": "gate refused", "what": "not better", "do": "look at it"})
+
+
+class Scripted:  # answers as k8s.cluster.Cluster does
+    """A cluster that lives through ``moments``: each is what there is at one time."""
+
+    namespace = "lora-job"
+
+    def __init__(self, *moments: Object) -> None:
+        self.moments = list(moments)
+        self.logs = {"first": [b"1 a\n", b"2 b\n"], "second": [b"3 c\n"]}
+
+    @property
+    def now(self) -> Object:
+        """What there is."""
+        return self.moments[0]
+
+    def page(self, _kind: str, **_: Any) -> Object:
+        """The Jobs."""
+        jobs = [self.now["job"]] if self.now["job"] else []
+        return {"items": jobs, "metadata": {"resourceVersion": "1"}}
+
+    def watch(self, _kind: str, **_: Any) -> Iterator[Object]:
+        """Time passes, and the connection breaks."""
+        if len(self.moments) > 1:
+            self.moments.pop(0)
+        raise CutError("server", "was cut")
+        yield {}
+
+    def get(self, kind: str, name: str) -> Object | None:
+        """The Job, or a pod."""
+        if kind == "Job":
+            return self.now["job"]
+        return next((it for it in self.now["pods"] if it["metadata"]["name"] == name), None)
+
+    def list(self, kind: str, **_: Any) -> list[Object]:
+        """All pods."""
+        return self.now["pods"] if kind == "Pod" else []
+
+    def log(self, pod: str, **_: Any) -> Iterator[bytes]:
+        """All of a pod's log."""
+        yield from (b"2026-11-22T02:00:00.00000000" + line for line in self.logs[pod])
+
+
+def _job(kind: str = "") -> Object:
+    condition = {"type": kind, "status": "True", "lastTransitionTime": "2026-11-22T02:30:00Z"}
+    return {
+        "metadata": {"name": RUN, "uid": "u", "creationTimestamp": "2026-11-22T02:00:00Z"},
+        "spec": {"template": {"spec": {"containers": [{}]}}},
+        "status": {"conditions": [condition] if kind else []},
+    }
+
+
+def _pod(name: str, minute: int, code: int | None = None, message: str = "") -> Object:
+    state: Object = {}
+    if code is not None:
+        times = {"startedAt": "2026-11-22T02:01:00Z", "finishedAt": "2026-11-22T02:20:00Z"}
+        state = {"terminated": {"exitCode": code, "message": message, **times}}
+    created = f"2026-11-22T02:{minute:02}:00Z"
+    return {
+        "metadata": {"name": name, "creationTimestamp": created},
+        "spec": {"containers": [{"image": "x"}]},
+        "status": {"phase": "Pending", "containerStatuses": [{"name": "job", "state": state}]},
+    }
+
+
+@pytest.fixture
+def cluster() -> Scripted:
+    first, second = _pod("first", 0, 75), _pod("second", 5, 79, WORD)
+    return Scripted(
+        {"job": _job(), "pods": []},
+        {"job": _job(), "pods": [_pod("first", 0)]},
+        {"job": _job(), "pods": [first]},
+        {"job": _job(), "pods": [first, _pod("second", 5)]},
+        {"job": _job("Failed"), "pods": [second, first]},
+    )
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stop, "wait", lambda self, _: self.check())
+
+
+def test_all_attempts_in_order_each_once(cluster: Scripted) -> None:
+    """The second attempt's log follows the first's; `waiting` is called in between only."""
+    written: list[bytes] = []
+    waits: list[int] = []
+    follow(
+        cluster,  # type: ignore[arg-type]
+        RUN,
+        written.append,
+        Stop(),
+        waiting=lambda: waits.append(len(written)),
+    )
+    assert written == [b"a\n", b"b\n", b"c\n"]
+    assert set(waits) == {0, 2}
+
+
+def test_a_run_that_does_not_exist_is_66(cluster: Scripted) -> None:
+    """Not an endless wait."""
+    cluster.moments = [{"job": None, "pods": []}]
+    with pytest.raises(JobError, match="no such run") as caught:
+        follow(cluster, RUN, lambda _: None, Stop(), waiting=lambda: None)  # type: ignore[arg-type]
+    assert caught.value.code == 66
+
+
+def test_submit_follow_ends_with_the_runs_own_code(
+    cluster: Scripted, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log on stdout, the last words on stderr, the run's exit code."""
+    arguments = argparse.Namespace(output="text")
+    assert verb_submit._follow(cluster, RUN, arguments) == 79  # type: ignore[arg-type]
+    said = capfd.readouterr()
+    assert said.out == "a\nb\nc\n"
+    assert "failed with 79: not better; look at it" in said.err
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(
+    cluster: Scripted, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on: nothing is deleted, and the command to return is told."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("k8s.logs.follow", interrupted)
+    assert verb_submit._follow(cluster, RUN, argparse.Namespace(output="text")) == 130  # type: ignore[arg-type]
+    assert f"lora-job logs {RUN} -f -n lora-job" in capfd.readouterr().err
