@@ -40,8 +40,6 @@ class Rendered:
 
     def shown(self, text: str) -> str:
         """Return ``text`` with its slots filled."""
-        if not self.slots:
-            return text
         return SLOT.sub(lambda found: self.slots[ord(found[0]) - FIRST_SLOT], text)
 
 
@@ -180,8 +178,8 @@ class Renderer:
         segments, done = [], 0
         for at in answers:
             start = self._filled(self.template.render(turns[:at], tools, generation=True))
-            whole = at == answers[-1]
-            end = text if whole else self._filled(self.template.render(turns[: at + 1], tools))
+            is_last = at == answers[-1]
+            end = text if is_last else self._filled(self.template.render(turns[: at + 1], tools))
             if not text.startswith(start) or not text.startswith(end) or len(start) < done:
                 return None
             answer, rest = self._cut(text[len(start) : len(end)])
@@ -242,15 +240,13 @@ class Renderer:
         plain = {key: turn[key] for key in turn if key not in ("thinking", "tagged")}
         if not trained:
             return plain
-        hides = self.template.strips_think_tags
-        opening, closing = (OPEN_SLOT, CLOSE_SLOT) if hides else (OPEN, CLOSE)
+        hidden = self.template.strips_think_tags
+        opening, closing = (OPEN_SLOT, CLOSE_SLOT) if hidden else (OPEN, CLOSE)
         body = f"{opening}\n{turn['thinking'].strip()}\n{closing}\n\n{turn['content'].strip()}"
         return {**plain, "content": body}
 
     @staticmethod
     def _filled(text: str) -> str:
-        if OPEN_SLOT not in text and CLOSE_SLOT not in text:
-            return text
         return text.replace(OPEN_SLOT, OPEN).replace(CLOSE_SLOT, CLOSE)
 
     def _cut(self, answer: str) -> tuple[str, str]:

@@ -125,7 +125,9 @@ def test_a_20b_model_is_measured_without_weights(tmp_path: Path) -> None:
     """gpt-oss-20b's recipe, from its config alone: 20.9 billion parameters, one 80 GB card."""
     from transformers import GptOssConfig
 
-    GptOssConfig(num_hidden_layers=24, num_local_experts=32, dtype="bfloat16").save_pretrained(tmp_path / "20b")
+    GptOssConfig(num_hidden_layers=24, num_local_experts=32, dtype="bfloat16").save_pretrained(
+        tmp_path / "20b"
+    )
     layers = [f"{n}.mlp.experts.{p}" for n in (7, 15, 23) for p in ("gate_up_proj", "down_proj")]
     lora = {"rank": 8, "target_parameters": layers}
     job = job_file(tmp_path, tmp_path / "20b", lora=lora).model_copy(update={"device": "cuda"})
