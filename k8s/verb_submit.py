@@ -6,7 +6,6 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from job.errors import ExitCode, JobError
 from k8s.terminal import (
     cluster_of,
     load,
@@ -20,8 +19,6 @@ from k8s.terminal import (
 )
 
 if TYPE_CHECKING:
-    from job.config import JobConfig
-    from job.stop import Stop
     from k8s.cluster import Cluster
     from k8s.runs import Run
 
@@ -33,12 +30,15 @@ DETACHED = 130
 def call(arguments: argparse.Namespace) -> int:
     """Submit a job file, and print the run's id or follow it."""
     from k8s import inputs, submit
-    from k8s.render import run_name
+    from k8s.checks import pod_of
+    from k8s.local_checks import check_locally
+    from k8s.render import objects, run_name
 
     settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
     cluster = cluster_of(settings)
     if not arguments.no_data_checks:
-        _check_data(job, stop)
+        _, manifest = objects(job, settings, run=run_name(job))
+        check_locally(job, pod_of([manifest]), stop=stop, say=say)
     job = inputs.upload(job, stop=stop, say=say)
     run = run_name(job, new=str(time.time_ns()) if arguments.new else None)
     with waiting(f"submitting {run}"):
@@ -48,22 +48,6 @@ def call(arguments: argparse.Namespace) -> int:
         return _follow(cluster, run, arguments)
     print_json({"run": run, "outcome": done.outcome}) if wants_json(arguments) else print(run)
     return 0
-
-
-def _check_data(job: JobConfig, stop: Stop) -> None:
-    """Refuse data that the run would refuse, before it is uploaded and a GPU is asked for."""
-    try:
-        from job.check import check
-    except ModuleNotFoundError as missing:
-        say(
-            f"data checks left out: {missing.name} is not installed (pip install 'lora-job[check]')"
-        )
-        return
-    report = check(job, stop=stop)
-    code = int(report.get("code", 0))
-    if code:
-        do = "see `lora-job check`, or submit with --no-data-checks"
-        raise JobError(ExitCode(code), "check", str(report.get("what", "it would fail")), do)
 
 
 def _follow(cluster: Cluster, run: str, arguments: argparse.Namespace) -> int:
