@@ -13,8 +13,11 @@ from job.artifacts import Adapter, Answer, Dataset, Merged, Source, Verdict
 from job.config import JobConfig
 
 MAX_ANSWERS, MAX_ANSWER_CHARACTERS = 3, 600
-# Names of licences that the Hub knows are short words such as apache-2.0 or llama3.1.
-LICENSE_PATTERN = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
+# The Hub takes no other names (it has more, but they come from bases on the Hub, as they are).
+LICENSES = {
+    "agpl-3.0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0",
+    "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "other",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,6 @@ class Facts:
     adapter: Adapter
     merged: Merged | None
     verdict: Verdict
-    lineage: dict[str, Any]
 
     @property
     def fetch_spec(self) -> str:
@@ -53,17 +55,17 @@ def base_name(source: Source) -> str:
     return hub_id(source) or source.uri
 
 
-def adapter_card(facts: Facts) -> str:
+def adapter_card(facts: Facts, lineage: dict[str, Any]) -> str:
     """Return README.md of the adapter."""
-    return _card(facts, "adapter", "peft", _use_adapter(facts))
+    return _card(facts, lineage, "adapter", "peft", _use_adapter(facts))
 
 
-def merged_card(facts: Facts) -> str:
+def merged_card(facts: Facts, lineage: dict[str, Any]) -> str:
     """Return README.md of the merged model."""
-    return _card(facts, "finetune", "transformers", _use_merged(facts))
+    return _card(facts, lineage, "finetune", "transformers", _use_merged(facts))
 
 
-def _card(facts: Facts, relation: str, library: str, use: str) -> str:
+def _card(facts: Facts, lineage: dict[str, Any], relation: str, library: str, use: str) -> str:
     title = facts.job.name if relation == "adapter" else f"{facts.job.name}, merged"
     parts = [
         f"---\n{_front_matter(facts, relation, library)}---\n",
@@ -75,7 +77,7 @@ def _card(facts: Facts, relation: str, library: str, use: str) -> str:
         _table(_results(facts)),
         _answers(facts.verdict.answers),
         "## Lineage\n",
-        _table(_lineage(facts)),
+        _table(_lineage(facts, lineage)),
         "Made with lora-job; its manifest.json has the sha256 of every file.\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -88,19 +90,19 @@ def _front_matter(facts: Facts, relation: str, library: str) -> str:
         meta |= {"base_model": base, "base_model_relation": relation}
     if data:
         meta["datasets"] = [data]
-    meta |= _license(facts.model.license)
+    meta |= _license(facts.model)
     meta["tags"] = ["lora", "sft", "lora-job"]
     return yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
 
 
-def _license(name: str | None) -> dict[str, str]:
+def _license(base: Source) -> dict[str, str]:
     """Return the card's licence: the base's, as a name that the Hub knows, or as other."""
-    if not name:
+    known = (base.license or "").strip().lower()
+    if not known:
         return {}
-    known = name.strip().lower()
-    if LICENSE_PATTERN.match(known):
+    if known in LICENSES or is_hub(base):
         return {"license": known}
-    return {"license": "other", "license_name": name.strip().splitlines()[0][:80]}
+    return {"license": "other", "license_name": re.sub("[^a-z0-9.]+", "-", known)[:60].strip("-")}
 
 
 def _summary(facts: Facts, relation: str) -> str:
@@ -175,8 +177,8 @@ def _results(facts: Facts) -> list[tuple[str, str]]:
     return rows
 
 
-def _lineage(facts: Facts) -> list[tuple[str, str]]:
-    lora, lineage = facts.job.lora, facts.lineage
+def _lineage(facts: Facts, lineage: dict[str, Any]) -> list[tuple[str, str]]:
+    lora = facts.job.lora
     return [
         ("Base", f"`{facts.model.uri}`"),
         ("Data", f"`{facts.data.uri}`"),

@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".bin.index.json")
+CARD = "README.md"
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -51,13 +52,19 @@ def hub_errors(where: str) -> Iterator[None]:
         raise JobError(
             ExitCode.NOT_FOUND,
             where,
-            "is not on this machine, and HF_HUB_OFFLINE is set",
-            "pull it once with the network, or unset HF_HUB_OFFLINE",
+            "needs the network, and HF_HUB_OFFLINE is set",
+            "unset HF_HUB_OFFLINE",
         ) from None
     except HfHubHTTPError as error:
         raise _explained(where, error) from error
     except httpx2.HTTPError as error:
         raise TransientError(f"{type(error).__name__}: {error}") from error
+    except ValueError as error:
+        # The client's word for a card that the Hub does not take.
+        if CARD not in str(error):
+            raise
+        what, do = " ".join(str(error).split()), "mend the job's sources, or leave out publish.hub"
+        raise JobError(ExitCode.NOT_PROVEN, f"{where}/{CARD}", what, do) from error
     except RuntimeError as error:
         # The client wraps what an upload's thread raised: Error while uploading '…' to the Hub.
         if not isinstance(error.__cause__, httpx2.HTTPError):

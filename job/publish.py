@@ -62,14 +62,12 @@ def publish(
             adapter=adapter,
             merged=merged,
             verdict=verdict,
-            lineage=lineage_of(context, model, data, dataset, adapter, merged, verdict),
         )
-        folders = _assemble(context.work / "publish", facts)
+        lineage = lineage_of(context, facts)
+        folders = _assemble(context.work / "publish", facts, lineage)
         stored = {n: f for n, f in folders.items() if n == "adapter" or job.publish.merged}
         attempt.publishing(version)
-        manifest = write_version(
-            attempt, job.name, version, stored, facts.lineage, stop=context.stop
-        )
+        manifest = write_version(attempt, job.name, version, stored, lineage, stop=context.stop)
         receipt = Receipt(
             run=attempt.run_id,
             name=job.name,
@@ -103,35 +101,29 @@ def announce(context: Context, receipt: Receipt) -> Receipt:
     return receipt
 
 
-def lineage_of(
-    context: Context,
-    model: Source,
-    data: Source,
-    dataset: Dataset,
-    adapter: Adapter,
-    merged: Merged | None,
-    verdict: Verdict,
-) -> dict[str, Any]:
+def lineage_of(context: Context, facts: Facts) -> dict[str, Any]:
     """Return where a version comes from, for its manifest: enough to make it again."""
-    job, attempt = context.job, context.attempt
-    settings = _settings(job)
+    attempt, adapter, settings = context.attempt, facts.adapter, _settings(facts.job)
     return {
         "run": attempt.run_id,
         "epoch": attempt.epoch,
-        "base": _source(model),
-        "data": _source(data),
+        "base": _source(facts.model),
+        "data": _source(facts.data),
         "held_out": _held_out(context),
-        "dataset_digest": dataset.digest,
+        "dataset_digest": facts.dataset.digest,
         "config": settings,
         "config_sha256": fingerprint(settings),
         "image": os.environ.get("LORA_JOB_IMAGE"),
-        "seed": job.seed,
+        "seed": facts.job.seed,
         "versions": _versions(),
         "steps": [adapter.steps, adapter.planned_steps],
         "num_tokens": adapter.num_tokens,
         "final_loss": adapter.final_loss,
-        "held_out_loss": [verdict.held_out_loss_before, verdict.held_out_loss_after],
-        "merge_format": merged.format if merged else None,
+        "held_out_loss": [
+            facts.verdict.held_out_loss_before,
+            facts.verdict.held_out_loss_after,
+        ],
+        "merge_format": facts.merged.format if facts.merged else None,
         "adapter_sha256": adapter.sha256,
     }
 
@@ -176,7 +168,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _assemble(folder: Path, facts: Facts) -> dict[str, Path]:
+def _assemble(folder: Path, facts: Facts, lineage: dict[str, Any]) -> dict[str, Path]:
     """Lay out ``adapter/`` and ``merged/`` as they will be published; big files are linked."""
     if folder.exists():
         shutil.rmtree(folder)
@@ -184,12 +176,12 @@ def _assemble(folder: Path, facts: Facts) -> dict[str, Path]:
     _link(facts.adapter.folder / WEIGHTS, adapter / WEIGHTS)
     write_json(adapter / CONFIG, adapter_config(facts.adapter.folder, facts.model))
     _link_all(facts.dataset.folder / "tokenizer", adapter)
-    write_bytes(adapter / "README.md", adapter_card(facts).encode())
+    write_bytes(adapter / "README.md", adapter_card(facts, lineage).encode())
     if facts.merged is None:
         return {"adapter": adapter}
     merged = folder / "merged"
     _link_all(facts.merged.folder, merged)
-    write_bytes(merged / "README.md", merged_card(facts).encode())
+    write_bytes(merged / "README.md", merged_card(facts, lineage).encode())
     return {"adapter": adapter, "merged": merged}
 
 
@@ -231,6 +223,8 @@ def _to_hub(context: Context, folders: dict[str, Path], version: str) -> dict[st
     """Copy the merged model, then the adapter: whoever sees the adapter finds the rest there."""
     hub = context.job.publish.hub
     wanted = [("merged", hub.merged), ("adapter", hub.adapter)]
+    # The Hub knows no fence: look at the head once more, that a zombie stops here.
+    context.attempt.publishing(version)
     return {
         repo_id: publish_folder(
             repo_id,

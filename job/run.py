@@ -95,6 +95,7 @@ def _attempt(
 
 def _published(context: Context, store: Store) -> Receipt | None:
     """Return the Receipt of a run that is published already, once its bytes are verified again."""
+    from job.publish import announce
     from job.store.versions import verify
 
     receipt = context.attempt.receipt()
@@ -102,6 +103,7 @@ def _published(context: Context, store: Store) -> Receipt | None:
         return None
     with context.stage("verify"):
         verify(store, receipt.name, receipt.version, stop=context.stop)
+        receipt = announce(context, receipt)
     log.info("run_reused", reason="published already, and read back again", uri=receipt.uri)
     return receipt
 

@@ -183,3 +183,13 @@ def test_a_busy_upload_is_tried_again(hub: Hub, folder: Path) -> None:
     hub.faults = [Fault("PUT /lfs/", "status")]
     published(folder)
     assert num_commits(hub) == 1
+
+
+def test_a_card_that_the_hub_refuses_is_one_line(hub: Hub, folder: Path) -> None:
+    """The Hub's word about the front matter, not a traceback, and no commit."""
+    (folder / "README.md").write_bytes(b"no front matter")
+    with pytest.raises(JobError, match=r"README\.md") as caught:
+        published(folder)
+    assert caught.value.code is ExitCode.NOT_PROVEN
+    assert "\n" not in str(caught.value)
+    assert num_commits(hub) == 0

@@ -16,6 +16,7 @@ from hubserver import Hub
 from job.artifacts import Adapter, Answer, Dataset, Merged, Source, Verdict
 from job.config import JobConfig
 from job.context import Context
+from job.errors import ExitCode, JobError
 from job.files import sha256_file
 from job.progress import Progress
 from job.publish import announce, publish
@@ -23,6 +24,7 @@ from job.pull.select import front_matter
 from job.stop import Stop
 from job.store import open_store
 from job.store.runs import take
+from job.store.versions import write_version
 
 COMMIT = "a" * 40
 CONFIG = {
@@ -179,7 +181,7 @@ def test_a_card_of_local_sources_claims_nothing_on_the_hub(tmp_path: Path) -> No
     [
         (None, {}),
         ("MIT", {"license": "mit"}),
-        ("My own: words", {"license": "other", "license_name": "My own: words"}),
+        ("My own: words\nand more", {"license": "other", "license_name": "my-own-words-and-more"}),
     ],
 )
 def test_a_licence_is_one_that_the_hub_takes(
@@ -187,7 +189,7 @@ def test_a_licence_is_one_that_the_hub_takes(
 ) -> None:
     """Known names as they are, anything else as other with its name."""
     given = artifacts(tmp_path)
-    given["model"] = given["model"].model_copy(update={"license": licence})
+    given["model"] = given["model"].model_copy(update={"license": licence, "uri": "file:base"})
     publish(context_of(tmp_path), **given)
     meta = front_matter((version_of(tmp_path) / "adapter/README.md").read_text())
     assert {k: v for k, v in meta.items() if k.startswith("license")} == expected
@@ -226,3 +228,21 @@ def test_the_hub_gets_the_merged_model_first(tmp_path: Path, hub: Hub) -> None:
     card = hub.files("org/tiny")["README.md"].decode()
     assert 'PeftModel.from_pretrained(base, "org/tiny")' in card
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
+
+
+def test_a_fenced_attempt_does_not_reach_the_hub(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer attempt took the run while the version was written: 76, and no commit."""
+    context = context_of(tmp_path, publish={"hub": {"adapter": "org/tiny"}})
+
+    def taken_meanwhile(*args: Any, **more: Any) -> Any:
+        manifest = write_version(*args, **more)
+        context_of(tmp_path)
+        return manifest
+
+    monkeypatch.setattr("job.publish.write_version", taken_meanwhile)
+    with pytest.raises(JobError) as caught:
+        publish(context, **artifacts(tmp_path))
+    assert caught.value.code is ExitCode.FENCED
+    assert hub.requests == []

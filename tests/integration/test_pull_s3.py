@@ -108,3 +108,18 @@ def test_wrong_credentials_are_not_allowed(
     with pytest.raises(JobError) as caught:
         pulled(s3_root, tmp_path, "data")
     assert caught.value.code is ExitCode.NOT_ALLOWED
+
+
+def test_a_version_that_was_pinned_is_pulled_though_a_newer_one_came(
+    seaweed: servers.S3Server, s3_root: str, tmp_path: Path
+) -> None:
+    """Where the bucket keeps versions, tonight's run finishes on the rows that it began with."""
+    s3 = boto3.client("s3", **seaweed.client_options())
+    bucket = "versioned" + s3_root[-8:]
+    s3.create_bucket(Bucket=bucket)
+    s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    s3.put_object(Bucket=bucket, Key="d/rows.jsonl", Body=sources.ROWS)
+    pin = pin_of(f"s3://{bucket}/d", tmp_path, "data")
+    s3.put_object(Bucket=bucket, Key="d/rows.jsonl", Body=b'{"text": "new"}')
+    source = pulled(f"s3://{bucket}/d", tmp_path, "data", pin=pin)
+    assert (source.folder / "rows.jsonl").read_bytes() == sources.ROWS
