@@ -206,7 +206,7 @@ def _ended(job: Object | None, stored: Stored) -> float | None:
 def _last_end(attempts: tuple[Attempt, ...], stored: Stored) -> dict[str, Any] | None:
     """Return how the last attempt that ended did: its own words, else what the kubelet saw."""
     over = [it for it in attempts if it.ended is not None]
-    told = stored.exits[-1] if stored.exits else None
+    told = stored.last_end
     if not over:
         return told
     last = over[-1]
@@ -221,7 +221,7 @@ def _last_end(attempts: tuple[Attempt, ...], stored: Stored) -> dict[str, Any] |
 
 def _gpu_hours(attempts: tuple[Attempt, ...], stored: Stored, gpus: int, now: float) -> float:
     """Return GPU-hours of all attempts: those that the store knows, and pods after the last one."""
-    spans = [(seconds(it["started"]), seconds(it["ended"])) for it in stored.exits]
+    spans = [(seconds(it.get("started")), seconds(it.get("ended"))) for it in stored.exits]
     known_until = max((end or 0.0 for _, end in spans), default=0.0)
     spans += [
         (it.started, it.ended or now) for it in attempts if (it.ended or now) > known_until + 5.0

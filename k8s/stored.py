@@ -25,6 +25,17 @@ class Stored:
     """exit.json of the attempts that ended with a word, oldest first."""
     receipt: dict[str, Any] | None = None
 
+    @property
+    def last_end(self) -> dict[str, Any] | None:
+        """How the last attempt that ended did: its exit.json, or that it left none."""
+        ends = self.head.get("ends") or []
+        if not ends:
+            return None
+        last = ends[-1]
+        told = next((it for it in self.exits if it.get("epoch") == last["epoch"]), None)
+        vanished = f"vanished without a word in stage {last.get('stage')}, step {last.get('step')}"
+        return told or {**last, "name": "vanished", "what": vanished}
+
 
 def impatient(call: Callable[[Stop], T], *, seconds: float = PATIENCE_S) -> T:
     """Return ``call(stop)``; after ``seconds`` the stop ends its retries.
@@ -56,10 +67,10 @@ def read_run(uri: str, run: str, *, single_writer: bool = False) -> Stored:
         head = _json(store, f"_runs/{run}/head.json")
         if head is None:
             return Stored()
-        epochs = [end["epoch"] for end in head.get("ends", [])]
+        # Attempts of which the head knows no code vanished without a word.
+        epochs = [end["epoch"] for end in head.get("ends", []) if end["code"] is not None]
         found = (_json(store, f"_runs/{run}/attempts/{epoch}/exit.json") for epoch in epochs)
-        receipt = _json(store, f"_runs/{run}/receipt.json")
-        return Stored(head, tuple(it for it in found if it), receipt)
+        return Stored(head, tuple(it for it in found if it), head.get("receipt"))
 
     return impatient(read)
 

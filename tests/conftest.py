@@ -7,6 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import servers
+import structlog
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A verb sends events to the stderr of its test, which is closed when the next one logs."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from k8s.runs import assemble
@@ -68,6 +69,7 @@ HEAD = {
     "ends": [{"epoch": 1, "code": 75, "stage": "train", "step": 40}],
 }
 FIRST_END = {
+    "epoch": 1,
     "code": 75,
     "name": "preempted",
     "what": "stopped by SIGTERM",
@@ -103,7 +105,7 @@ def test_after_the_pods_the_store_still_tells() -> None:
     """A finished Job without pods: code and receipt come from the store."""
     receipt = {"uri": "s3://models/adapters/night/versions/v", "channel": None}
     head = {**HEAD, "state": "published:v", "ends": [{"epoch": 2, "code": 0}]}
-    end = {**FIRST_END, "code": 0, "started": _at(12), "ended": _at(30)}
+    end = {**FIRST_END, "epoch": 2, "code": 0, "started": _at(12), "ended": _at(30)}
     done = {"type": "Complete", "status": "True", "lastTransitionTime": _at(31)}
     for job in (_job(done), None):
         run = assemble(RUN, job, [], Stored(head, (FIRST_END, end), receipt), now=START + 9000)
@@ -170,3 +172,42 @@ def test_a_store_that_does_not_answer_is_given_up_soon() -> None:
     with pytest.raises(JobError) as caught:
         impatient(lambda stop: stop.wait(60), seconds=0.05)
     assert caught.value.code == 74
+
+
+def test_the_store_is_read_as_runs_write_it(tmp_path: Path) -> None:
+    """An attempt that stopped, one that vanished, one that runs: as job.store.runs leaves them."""
+    from job.progress import Progress
+    from job.stop import Stop
+    from job.store.folder import FolderStore
+    from job.store.runs import take
+    from k8s.stored import read_logs, read_run
+
+    def attempt(record: dict[str, Any] | None) -> None:
+        stop, progress = Stop(), Progress()
+        progress.enter("train")
+        progress.update(step=7, num_steps=20)
+        store = FolderStore(tmp_path, stop=stop)
+        taken = take(store, RUN, owner="uid", job_text=b"", stop=stop, progress=progress)
+        taken.put("log-000.jsonl", b'{"event": "%d"}\n' % taken.epoch)
+        if record is not None:
+            taken.end({"epoch": taken.epoch, **record})
+
+    attempt({"code": 75, "what": "stopped", "stage": "train", "step": 7})
+    attempt(None)
+    stored = read_run(str(tmp_path), RUN)
+    assert (stored.head["epoch"], [it["code"] for it in stored.exits]) == (2, [75])
+    run = assemble(RUN, None, [], stored, now=stored.head["heartbeat"])
+    assert (run.state, run.progress["step"], run.progress["num_steps"]) == ("running", 7, 20)
+    attempt({"code": 70, "what": "not proven", "stage": "merge", "step": 20})
+    ended = assemble(RUN, None, [], read_run(str(tmp_path), RUN), now=START)
+    assert (ended.state, ended.code, ended.number) == ("failed", 70, 3)
+    assert read_logs(str(tmp_path), RUN) == [b'{"event": "%d"}\n' % epoch for epoch in (1, 2, 3)]
+    assert read_run(str(tmp_path), "another") == Stored()
+
+
+def test_an_attempt_that_vanished_is_not_explained_by_the_one_before() -> None:
+    """The head knows that it ended, and that nobody knows how."""
+    ends = [*HEAD["ends"], {"epoch": 2, "code": None, "stage": "merge", "step": 120}]
+    run = assemble(RUN, None, [], Stored({**HEAD, "ends": ends}, (FIRST_END,)), now=START)
+    assert run.last_end is not None
+    assert run.last_end["what"] == "vanished without a word in stage merge, step 120"
