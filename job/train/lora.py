@@ -28,6 +28,8 @@ def add_lora(model: Any, section: LoraSection, *, seed: int, source: Source | No
     """
     from peft import LoraConfig, get_peft_model
 
+    from job.train.linear import fused_linear
+
     check_names(model, section)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -40,6 +42,8 @@ def add_lora(model: Any, section: LoraSection, *, seed: int, source: Source | No
         modules_to_save=sorted(set(section.modules_to_save)) or None,
         use_rslora=section.use_rslora,
     )
+    # PEFT's own hook for other layers; it is not saved with the config.
+    config._register_custom_module({torch.nn.Linear: fused_linear})  # noqa: SLF001
     torch.manual_seed(seed)
     try:
         wrapped = get_peft_model(model, config)
