@@ -18,7 +18,8 @@ from job.errors import ExitCode, JobError
 from job.merge.adapter import WEIGHTS
 from job.merge.checkpoint import Tensor, pair_mxfp4, read_checkpoint
 from job.merge.names import Part, empty_model, empty_peft_model, find_parts
-from job.merge.plan import EMBEDDINGS, HEAD, Plan
+from job.merge.place import EMBEDDINGS, HEAD
+from job.merge.plan import Plan
 from job.merge.worker import read_whole
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def compare(plan: Plan, out: Path, input_ids: list[list[int]], *, stop: Stop) ->
     """
     ids, real = _batch(input_ids)
     model = empty_peft_model(plan.base, plan.adapter.folder, plan.config_edits.get("vocab_size"))
+    _check_scaling(plan, model)
     _load_adapter(model, plan.adapter.folder)
     _stream_weights(model, plan.base, model.get_base_model(), stop)
     adapted = _logits(model, ids, real)
@@ -211,6 +213,16 @@ def _load_adapter(model: Any, folder: Path) -> None:
         raise _refused(f"the adapter has nothing for {min(lost)}")
     loaded = {known[key]: value.float() for key, value in state.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
+
+
+def _check_scaling(plan: Plan, model: Any) -> None:
+    """Refuse another s than PEFT's own: in bf16, a single wrong one could hide below the KL."""
+    ours = {o.delta.a_key: o.delta.scaling for o in plan.outputs if o.delta}
+    for name, module in model.named_modules():
+        for kind in ("lora_A.weight", "lora_embedding_A"):
+            said = ours.get(f"{name}.{kind}")
+            if said is not None and abs(said - module.scaling["default"]) > 1e-9 * abs(said):
+                raise _refused(f"{name} is scaled by {said}, PEFT says {module.scaling['default']}")
 
 
 def _stream_weights(model: Any, folder: Path, named_model: Any, stop: Stop) -> None:

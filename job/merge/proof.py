@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from job.merge.checkpoint import ITEM_BYTES, MXFP4, as_matrices
 from job.merge.mxfp4 import VALUES
 from job.merge.numbers import BLOCK_ELEMENTS, STORED, Array, Scratch, read_into
 from job.merge.plan import Output
-from job.merge.task import Span, Task
+from job.merge.task import Span, Task, byte_range
 
 SAMPLE = 64
 """Weights of each span that are computed in fp64 in any case."""
@@ -45,19 +45,6 @@ class Tally:
     kept: float = 0.0
     """Product of (merged - base) with the delta: ``delta_square`` if nothing was rounded away."""
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the figures for the answer to the parent."""
-        return {"weights": self.weights, "decided": self.decided,
-                "delta_square": self.delta_square, "kept": self.kept}  # fmt: skip
-
-
-def byte_range(output: Output, span: Span) -> tuple[int, int]:
-    """Return where a span begins and ends, in bytes from the tensor's start."""
-    _, rows, columns = as_matrices(output.shape)
-    row_bytes = columns * ITEM_BYTES[output.dtype]
-    matrix, low, high = span
-    return (matrix * rows + low) * row_bytes, (matrix * rows + high) * row_bytes
-
 
 def prove(task: Task) -> dict[str, float]:
     """Prove a task's rows in its file.
@@ -75,7 +62,7 @@ def prove(task: Task) -> dict[str, float]:
                 _prove_span(task, target, span, tally)
     finally:
         os.close(target)
-    return tally.as_dict()
+    return asdict(tally)
 
 
 def _prove_copy(task: Task, target: int, span: Span, tally: Tally) -> None:
@@ -101,6 +88,7 @@ def _prove_span(task: Task, target: int, span: Span, tally: Tally) -> None:
     reader = _BaseReader(task, matrix)
     left, right = _own_factors(task, matrix)
     step = max(1, BLOCK_ELEMENTS // columns)
+    tally.delta_square += _square_norm(left[first:last], right)
     generator = np.random.default_rng(matrix * rows + first)
     try:
         for low in range(first, last, step):
@@ -111,11 +99,17 @@ def _prove_span(task: Task, target: int, span: Span, tally: Tally) -> None:
             block = _Block(output, reader.rows(low, high), left[low:high], right, stored, low)
             block.compare(tally)
         sample = generator.integers(0, block.stored.size, SAMPLE)
-        block.decide(np.unravel_index(sample, block.stored.shape), matrix)
+        block.decide(np.unravel_index(sample, block.stored.shape))
     except _WrongError as error:
         raise ProofError(f"{output.name}, slice {matrix}: {error}") from None
     finally:
         reader.close()
+
+
+def _square_norm(left: Array, right: Array) -> float:
+    """Return the sum of squares of left @ right without making it."""
+    tall, wide = left.astype(np.float64), right.astype(np.float64)
+    return float(np.sum((tall.T @ tall) * (wide @ wide.T)))
 
 
 class _WrongError(Exception):
@@ -139,12 +133,12 @@ class _Block:
         total = np.add(self.base, change, out=_scratch.get("total", self.base.shape, np.float32))
         merged = self._as_fp32(self.stored)
         doubtful = self._not_nearest(total, merged)
-        if doubtful is not None:
-            self.decide(doubtful, tally)
+        if doubtful is not None and len(doubtful[0]):
+            self.decide(doubtful)
+            tally.decided += len(doubtful[0])
         moved = np.subtract(merged, self.base, out=merged)
         tally.weights += merged.size
         tally.kept += float(np.dot(moved.ravel(), change.ravel()))
-        tally.delta_square += float(np.dot(change.ravel(), change.ravel()))
         # Infinities and NaNs anywhere make this product one too: no look at every weight needed.
         if not math.isfinite(tally.kept):
             raise _WrongError("it is not finite; the adapter, or the base, is broken")
@@ -156,12 +150,13 @@ class _Block:
                 wrong = total.astype(STORED[self.output.dtype]) != self.stored
             return np.nonzero(wrong) if wrong.any() else None
         # As integers, neighbouring bf16 values are 0x10000 apart: nearest is less than half.
-        apart = _scratch.get("apart", total.shape, np.int32)
-        np.subtract(total.view(np.int32), merged.view(np.int32), out=apart)
-        if apart.max() < 0x8000 and apart.min() > -0x8000:
+        apart = np.subtract(total.view(np.int32), merged.view(np.int32), out=total.view(np.int32))
+        distance = np.abs(apart, out=apart).view(np.uint32)  # unsigned: a flipped sign is 2^31
+        if distance.max() < 0x8000:
             return None
-        even = (self.stored & 1) == 0
-        return np.nonzero((np.abs(apart) > 0x8000) | ((np.abs(apart) == 0x8000) & ~even))
+        places = np.flatnonzero(distance.ravel() >= 0x8000)
+        tied_to_even = (distance.ravel()[places] == 0x8000) & (self.stored.ravel()[places] & 1 == 0)
+        return np.unravel_index(places[~tied_to_even], total.shape)
 
     def _as_fp32(self, stored: Array) -> Array:
         wide = _scratch.get("merged", stored.shape, np.float32)
@@ -173,13 +168,10 @@ class _Block:
             np.copyto(wide, stored)
         return wide
 
-    def decide(self, places: tuple[Array, ...], tally: Any = None) -> None:
+    def decide(self, places: tuple[Array, ...]) -> None:
         """Compute some weights in fp64: each must be within half a step of its dtype."""
         for begin in range(0, len(places[0]), 4096):
-            at = tuple(axis[begin : begin + 4096] for axis in places)
-            self._decide(at)
-        if isinstance(tally, Tally):
-            tally.decided += len(places[0])
+            self._decide(tuple(axis[begin : begin + 4096] for axis in places))
 
     def _decide(self, at: tuple[Array, ...]) -> None:
         terms = self.left[at[0]].astype(np.float64) * self.right[:, at[1]].T.astype(np.float64)
@@ -237,7 +229,9 @@ class _BaseReader:
         read_into(self._files[0], raw, begin)
         wide = _scratch.get("base", raw.shape, np.float32)
         if slot.dtype == "BF16":
-            np.multiply(raw, np.uint32(0x10000), out=wide.view(np.uint32))
+            bits = wide.view(np.uint32)
+            np.copyto(bits, raw)
+            np.multiply(bits, 0x10000, out=bits)
         else:
             np.copyto(wide, raw)
         return wide

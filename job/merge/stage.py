@@ -24,7 +24,8 @@ from job.files import fingerprint, sha256_file, write_bytes, write_json
 from job.merge.adapter import WEIGHTS
 from job.merge.checkpoint import read_json, shard_files
 from job.merge.plan import Plan, make_plan
-from job.merge.stream import check_disk, write_model
+from job.merge.pool import check_disk
+from job.merge.stream import write_model
 from job.stop import Stop
 
 REPORT = "merge_report.json"
@@ -79,10 +80,10 @@ def merge(context: Context, model: Source, dataset: Dataset, adapter: Adapter) -
 
 def merge_folders(
     adapter: Path, base: Path, out: Path, merge_format: MergeFormat, stop: Stop
-) -> Merged:
+) -> dict[str, Any]:
     """Merge two folders into a third: ``lora-job merge ADAPTER BASE OUT``.
 
-    A try that was interrupted goes on in ``OUT.partial``.
+    A try that was interrupted goes on in ``OUT.partial``. Returns the report.
 
     Raises:
         JobError: as :func:`merge`, and 64 for an ``out`` that holds something else.
@@ -101,7 +102,7 @@ def merge_folders(
     make_plan(adapter, base, merge_format)
     files = {p.name: _identity(p) for p in (*shard_files(base), base / "config.json")}
     mark = _fingerprint(section, sha256_file(adapter / WEIGHTS, tick=stop.check), files, "")
-    return reuse(out, mark, Merged, partial(_make, inputs), stage="merge")
+    return reuse(out, mark, Merged, partial(_make, inputs), stage="merge").report
 
 
 def _identity(path: Path) -> str:
@@ -169,6 +170,7 @@ def _summary(plan: Plan, figures: dict[str, dict[str, float]]) -> dict[str, Any]
         "keys_landed": len(plan.landed),
         "tensors_changed": sum(1 for output in plan.outputs if output.delta is not None),
         "tensors_copied": sum(1 for output in plan.outputs if output.copied),
+        "size_bytes": plan.size,
         "config_edits": plan.config_edits,
         "decided_in_fp64": int(sum(one["decided"] for one in figures.values())),
         "delta_norm": math.sqrt(squares),

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from job.merge.checkpoint import MXFP4, Slot, Tensor, as_matrices
-from job.merge.plan import Delta, Output
+from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, Tensor, as_matrices
+from job.merge.place import Delta
+from job.merge.plan import Output
 
-TASK_ELEMENTS = 1 << 25
-"""Weights in a task: some tenths of a second of work, so that workers end together."""
+TASK_ELEMENTS = 1 << 23
+"""Weights in a task: what was merged is proven while it is still in a cache."""
 
 Span = tuple[int, int, int]
 """Slice of the tensor, first row, and the row after the last."""
@@ -74,3 +75,11 @@ def cut(output: Output) -> Iterator[list[Span]]:
             elements += size
     if spans:
         yield spans
+
+
+def byte_range(output: Output, span: Span) -> tuple[int, int]:
+    """Return where a span begins and ends, in bytes from the tensor's start."""
+    _, rows, columns = as_matrices(output.shape)
+    row_bytes = columns * ITEM_BYTES[output.dtype]
+    matrix, low, high = span
+    return (matrix * rows + low) * row_bytes, (matrix * rows + high) * row_bytes

@@ -27,8 +27,8 @@ from job.merge.numbers import (
     widen,
     write_from,
 )
-from job.merge.plan import Delta
-from job.merge.task import Span, Task, from_line
+from job.merge.place import Delta
+from job.merge.task import Span, Task, byte_range, from_line
 
 COPY_BYTES = 8 << 20
 
@@ -132,7 +132,7 @@ def merge(task: Task, files: Files, scratch: Scratch) -> None:
 def _copy(task: Task, files: Files, span: Span) -> None:
     """Copy a span's bytes inside the kernel where it can, else through memory."""
     slot = task.output.source.slots[0]
-    begin, end = proof.byte_range(task.output, span)
+    begin, end = byte_range(task.output, span)
     source, target = files.get(slot.file), files.get(task.path, os.O_RDWR)
     while begin < end:
         count = min(COPY_BYTES, end - begin)

@@ -25,7 +25,7 @@ from job.config import MergeSection
 from job.context import Context
 from job.errors import ExitCode, JobError
 from job.files import sha256_file
-from job.merge import stream
+from job.merge import pool, stream
 from job.merge.plan import make_plan
 from job.merge.stage import merge, merge_folders
 from job.progress import Progress
@@ -159,7 +159,7 @@ def test_disk_that_fills_while_writing_is_71(folders: Path) -> None:
         "write_model(make_plan(f / 'adapter', f / 'base', 'base'), f / 'out', stop=Stop())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folders)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", code, str(folders)], cwd=ROOT, capture_output=True, text=True, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )  # fmt: skip
     assert "JobError" in done.stderr
@@ -175,6 +175,7 @@ class Interrupted:
         self.stop, self.share = Stop(), share
 
     def __call__(self, done: int, total: int) -> None:
+        """Be a progress callback."""
         if done > self.share * total:
             self.stop.request(preempted("SIGTERM"))
 
@@ -209,7 +210,7 @@ def test_shard_that_rotted_in_between_is_written_again(folders: Path) -> None:
 
 def test_killed_worker_is_told_as_memory(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's out-of-memory kill of a worker is 71, not a hang and not a bug."""
-    start = stream._Workers._start
+    start = pool.Workers._start
 
     def doomed() -> Any:
         process = start()
@@ -217,7 +218,7 @@ def test_killed_worker_is_told_as_memory(folders: Path, monkeypatch: pytest.Monk
         process.wait()
         return process
 
-    monkeypatch.setattr(stream._Workers, "_start", staticmethod(doomed))
+    monkeypatch.setattr(pool.Workers, "_start", staticmethod(doomed))
     with pytest.raises(JobError, match="worker process was killed") as refused:
         run(folders)
     assert refused.value.code is ExitCode.OUT_OF_RESOURCES

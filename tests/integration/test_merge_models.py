@@ -74,11 +74,9 @@ def test_merged_in_fp32_equals_peft(case: str, tmp_path: Path) -> None:
         logits = merging.load(tmp_path / "out")(ids).logits
     adapted = merging.peft_logits(tmp_path / "base", tmp_path / "adapter", ids)
     assert (logits - adapted).abs().max() < 1e-4
-    assert merged.report["keys_landed"] == len(
-        load_file(tmp_path / "adapter/adapter_model.safetensors")
-    )
-    assert merged.report["logits"]["max_difference"] < 1e-4
-    assert merged.report["delta_kept"] == pytest.approx(1, abs=1e-5)
+    assert merged["keys_landed"] == len(load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    assert merged["logits"]["max_difference"] < 1e-4
+    assert merged["delta_kept"] == pytest.approx(1, abs=1e-5)
 
 
 def test_bf16_merge_rounds_once_and_tells_what_it_kept(tmp_path: Path) -> None:
@@ -88,8 +86,8 @@ def test_bf16_merge_rounds_once_and_tells_what_it_kept(tmp_path: Path) -> None:
     for name, value in merging.load(tmp_path / "out", torch.bfloat16).state_dict().items():
         rounded = expected[name].bfloat16()
         assert (value != rounded).float().mean() < 1e-3, name
-    assert 0.98 < merged.report["delta_kept"] < 1.02
-    assert merged.report["logits"]["kl_merged"] < 0.1 * merged.report["logits"]["kl_base"]
+    assert 0.98 < merged["delta_kept"] < 1.02
+    assert merged["logits"]["kl_merged"] < 0.1 * merged["logits"]["kl_base"]
     report = json.loads((tmp_path / "out/merge_report.json").read_text())
     assert len(report["tensors"]) == 14
     assert set(report["delta_norms"]) == {"0", "1"}
@@ -133,7 +131,7 @@ def test_index_counts_bytes(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     tensors = [t for f in (tmp_path / "out").glob("*.safetensors") for t in load_file(f).items()]
     size = sum(value.numel() * value.element_size() for _, value in tensors)
-    assert index["metadata"]["total_size"] == size == merged.size_bytes
+    assert index["metadata"]["total_size"] == size == merged["size_bytes"]
     assert sorted(index["weight_map"]) == sorted(name for name, _ in tensors)
 
 
