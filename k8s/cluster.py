@@ -27,8 +27,8 @@ KINDS = {
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
     "ResourceQuota": ("/api/v1", "resourcequotas"),
-    "Workload": ("/apis/kueue.x-k8s.io/v1beta1", "workloads"),
-    "LocalQueue": ("/apis/kueue.x-k8s.io/v1beta1", "localqueues"),
+    "Workload": ("/apis/kueue.x-k8s.io/v1beta2", "workloads"),
+    "LocalQueue": ("/apis/kueue.x-k8s.io/v1beta2", "localqueues"),
 }
 CLUSTER_KINDS = {
     "Namespace": ("/api/v1", "namespaces"),
