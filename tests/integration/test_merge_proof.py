@@ -106,6 +106,11 @@ def wrongly(plan: Plan, change: Callable[[Delta], dict[str, Any]], only: str) ->
     return replace(plan, outputs=outputs)
 
 
+def prove_logits(plan: Plan, folder: Path) -> None:
+    found = logits.compare(plan, folder, logits.fixed_prompts(300), stop=Stop())
+    logits.judge(found, plan, MergeSection())
+
+
 MISTAKES: dict[str, tuple[str, Callable[[Delta], dict[str, Any]]]] = {
     "a square down_proj transposed": ("down_proj", lambda _: {"flipped": False}),
     "scaled twice": ("", lambda delta: {"scaling": 2 * delta.scaling}),
@@ -125,8 +130,7 @@ def test_wrong_plan_fails_the_logits(folders: Path, mistake: str, tmp_path: Path
     write_model(plan, tmp_path, stop=Stop())
     (tmp_path / "config.json").write_bytes((folders / "base/config.json").read_bytes())
     with pytest.raises(JobError) as caught:
-        found = logits.compare(plan, tmp_path, logits.fixed_prompts(300), stop=Stop())
-        logits.judge(found, plan, MergeSection())
+        prove_logits(plan, tmp_path)
     assert caught.value.code is ExitCode.NOT_PROVEN
 
 
