@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,9 +14,13 @@ import structlog
 
 
 def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> None:
-    """Send events to ``stream`` (stderr by itself), and as JSON lines to ``copy_to`` as well (for the store)."""
+    """Send events to ``stream`` (stderr by itself), and as JSON lines to ``copy_to`` as well."""
     stream = stream or sys.stderr
     copy = copy_to.open("a", encoding="utf-8", buffering=1) if copy_to else None
+    # Libraries' own bars and notices would tear the lines apart; what matters is an event.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "botocore", "urllib3", "transformers", "trl", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     as_json = structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
