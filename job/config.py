@@ -149,6 +149,8 @@ class LoraSection(Section):
     modules_to_save: list[str] = []
     """Modules trained whole and saved with the adapter."""
     use_rslora: bool = False
+    expert_forward: Literal["grouped", "fold"] = "grouped"
+    """Adapters of experts in training: beside the experts, or folded into a copy of them (PEFT)."""
 
     @model_validator(mode="after")
     def _no_dropout_on_parameters(self) -> LoraSection:

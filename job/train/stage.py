@@ -104,6 +104,7 @@ def _prepare(
     import datasets
 
     from job.train.callbacks import Life
+    from job.train.experts import use_grouped_lora
     from job.train.lora import add_lora
     from job.train.meters import Meters
     from job.train.model import active_parameters, load_tokenizer
@@ -112,6 +113,8 @@ def _prepare(
     job = context.job
     base = _load(context, source)
     model = add_lora(base, job.lora, seed=job.seed, source=source)
+    if job.lora.expert_forward == "grouped":
+        use_grouped_lora(model)
     rows = datasets.Dataset.from_file(str(dataset.folder / "train.arrow"))
     rows, packed = _pack_or_not(model, rows, dataset, job)
     context.progress.update()

@@ -71,6 +71,28 @@ def test_gpt_oss_learns_with_its_experts(tmp_path, mxfp4):
     }  # fmt: skip
 
 
+def test_experts_train_grouped_as_they_do_folded(tmp_path):
+    """The same losses and deltas by both ways, and the log says which one it was."""
+    losses, norms = {}, {}
+    for way in ("grouped", "fold"):
+        bed = Bed(tmp_path / way, "gpt_oss")
+        with capture_logs() as logs:
+            adapter = bed.train(
+                lora={"dropout": 0, "target_parameters": EXPERTS, "expert_forward": way},
+                train={"max_steps": 4, "gradient_checkpointing": True},
+            )
+        said = [e for e in logs if e["event"] == "expert_lora"]
+        assert said == (
+            [{"event": "expert_lora", "log_level": "info", "grouped": 2, "folded": 0}]
+            if way == "grouped"
+            else []
+        )
+        losses[way] = [line["loss"] for line in read_history(adapter.folder / "history.jsonl")]
+        norms[way] = json.loads((adapter.folder / "delta_norms.json").read_text())
+    assert losses["grouped"] == pytest.approx(losses["fold"], rel=1e-3)
+    assert norms["grouped"] == pytest.approx(norms["fold"], rel=0.05)
+
+
 def test_the_routers_loss_is_never_inherited(tmp_path):
     """The config says 0.9: a job that says nothing trains on cross-entropy alone."""
     losses = {}
