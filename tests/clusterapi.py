@@ -129,8 +129,10 @@ class Api:
         labels = {"pod-security.kubernetes.io/enforce": pod_security}
         metadata = {"generateName": f"{prefix}-", "labels": labels}
         name = self.create("/api/v1/namespaces", {"metadata": metadata})["metadata"]["name"]
-        if self.has_controllers:  # no pod is admitted before its service account is there
-            self.wait(f"/api/v1/namespaces/{name}/serviceaccounts", bool)
+        accounts = f"/api/v1/namespaces/{name}/serviceaccounts"
+        if not self.has_controllers:
+            self.create(accounts, {"metadata": {"name": "default"}})
+        self.wait(accounts, bool)  # no pod is admitted before its service account is there
         return name
 
     def account(self, namespace: str, rules: list[Object], name: str = "submitter") -> str:

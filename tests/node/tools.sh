@@ -16,7 +16,8 @@ for program in "${!packages[@]}"; do
     command -v "$program" >/dev/null || missing+=("${packages[$program]}")
 done
 [[ -x /usr/lib/cni/bridge ]] || missing+=(containernetworking-plugins)
-file -L /bin/busybox 2>/dev/null | grep -q 'statically linked' || missing+=(busybox-static)
+# Dynamic, it would find no libraries in an image of its own.
+{ [[ -x /bin/busybox ]] && ! ldd /bin/busybox >/dev/null 2>&1; } || missing+=(busybox-static)
 if ((${#missing[@]})); then
     say "installing ${missing[*]} by apt"
     apt-get update -qq
