@@ -112,7 +112,9 @@ class Api:
         shown = json.dumps([one.get("status", one) for one in objects.values()], indent=1)
         raise TimeoutError(f"{collection} after {within_s} s: {shown[:4000]}")
 
-    def wait_for(self, path: str, condition: Callable[[Object], T], *, within_s: float = 120.0) -> T:
+    def wait_for(
+        self, path: str, condition: Callable[[Object], T], *, within_s: float = 120.0
+    ) -> T:
         """Like :meth:`wait`, for the one object at ``path``."""
         collection, name = path.rsplit("/", 1)
 
