@@ -68,6 +68,7 @@ def _print_verdict(verdict: Verdict, out: TextIO) -> None:
         )
     for answer in verdict.answers:
         _print_answer(answer, out)
+    print(file=out)
 
 
 def _print_answer(answer: Answer, out: TextIO) -> None:
@@ -85,7 +86,6 @@ def _print_answer(answer: Answer, out: TextIO) -> None:
             ),
             file=out,
         )
-    print(file=out)
 
 
 def _proof(merged: Merged) -> str:
@@ -93,8 +93,8 @@ def _proof(merged: Merged) -> str:
     text = f"base + adapter, proven, {merged.num_parameters / 1e6:,.0f} M parameters"
     if "max_difference" in figures:
         text += f": logits differ by at most {figures['max_difference']:.1e}"
-    if "adapter_effect" in figures:
-        text += f" (the adapter's own effect: {figures['adapter_effect']:.3g})"
+    if "kl_merged" in figures:
+        text += f", KL {figures['kl_merged']:.1e} (the adapter's own: {figures['kl_base']:.2f})"
     return text
 
 
