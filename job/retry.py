@@ -27,9 +27,7 @@ class TransientError(Exception):
         self.retry_after_s = retry_after_s
 
 
-def retry(
-    what: str, call: Callable[[], T], *, stop: Stop, deadline_s: float = DEADLINE_S
-) -> T:
+def retry(what: str, call: Callable[[], T], *, stop: Stop, deadline_s: float = DEADLINE_S) -> T:
     """Return ``call()``, again and again while it raises :class:`TransientError`.
 
     Raises:
