@@ -173,6 +173,8 @@ class TrainSection(Section):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_accumulation: Annotated[int, Field(ge=1)] = 4
+    num_processes: Annotated[int, Field(ge=1)] | None = None
+    """Ranks in the pod; by itself one for each GPU. A step has `batch_size` × so many more rows."""
     gradient_checkpointing: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -51,7 +51,9 @@ class Life(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seed every generator from (seed, step), so that no state of theirs need be kept."""
-        mixed = np.random.SeedSequence([args.seed, state.global_step]).generate_state(1)
+        # Each rank draws its own dropout; rank 0 what a single process draws.
+        rank = [self.trainer.peers.rank] if self.trainer.peers.rank else []
+        mixed = np.random.SeedSequence([args.seed, state.global_step, *rank]).generate_state(1)
         set_seed(int(mixed[0]))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -83,16 +85,27 @@ class Life(TrainerCallback):
         self.context.progress.update(step=step, num_steps=state.max_steps, **figures)
         for tracker in self.trackers:
             tracker.log(step, line)
-        ended = step >= state.max_steps or self._out_of_time(state)
+        peers = self.trainer.peers
+        stopped, late, due = peers.any(
+            self.context.stop.requested, self._out_of_time(state), self._due(step)
+        )
+        ended = step >= state.max_steps or late
         if ended:
             control.should_training_stop = True
-        stopped = self.context.stop.requested
-        if (ended or stopped or self._due(step)) and not self._fenced():
-            self.save(state, ended=ended)
-        self.context.stop.check()
+        if ended or stopped or due:
+            if not self._fenced():
+                self.save(state, ended=ended)
+            # Only here: a stop that came after the vote above ends the next step, saved.
+            peers.check(self.context.stop)
 
     def save(self, state: Any, *, ended: bool) -> None:
-        """Make a checkpoint durable, here and in the store."""
+        """Make a checkpoint durable, here and in the store; rank 0 does, and the others wait."""
+        if self.trainer.peers.rank == 0:
+            self._save(state, ended=ended)
+        self.trainer.peers.wait()
+        self._saved = time.monotonic()
+
+    def _save(self, state: Any, *, ended: bool) -> None:
         step = state.global_step
         folder = self.folder / f"checkpoint-{step}"
         save_checkpoint(
@@ -111,7 +124,6 @@ class Life(TrainerCallback):
         )
         self.context.attempt.save_checkpoint(folder, step)
         shutil.rmtree(folder)
-        self._saved = time.monotonic()
         log.info("checkpoint_saved", step=step)
 
     def duration_s(self) -> float:
@@ -129,7 +141,7 @@ class Life(TrainerCallback):
 
     def _out_of_time(self, state: Any) -> bool:
         limit_s = self.context.job.train.max_duration_s
-        if limit_s is None or self.duration_s() < limit_s:
+        if limit_s is None or state.global_step >= state.max_steps or self.duration_s() < limit_s:
             return False
         log.warning(
             "training_ended_early",

@@ -33,7 +33,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return one batch."""
-        size = max(len(row["input_ids"]) for row in rows)
+        # At least 1: a blank batch, of a rank that has no rows left, is one token of padding.
+        size = max(1, *(len(row["input_ids"]) for row in rows))
         shape = (len(rows), size)
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
@@ -105,13 +106,18 @@ class Order(torch.utils.data.Sampler[int]):
     """The order of rows in each epoch: a function of seed and epoch alone.
 
     Rows of like length come into one batch, so that little is padding; batches come in a
-    random order.
+    random order. Of ``size`` ranks, each takes every ``size``-th batch, so that a step has the
+    rows that one process would take with as many more batches; a rank whose turn finds no batch
+    left gets the row ``len(lengths)``: the blank one.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, *, rank: int = 0, size: int = 1
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
+        self.rank, self.size = rank, size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,9 +125,19 @@ class Order(torch.utils.data.Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.size == 1 else sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[int]:
+        if self.size == 1:
+            yield from self._rows()
+            return
+        rows = list(self._rows())
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        batches += [[len(rows)]] * (-len(batches) % self.size)
+        for batch in batches[self.rank :: self.size]:
+            yield from batch
+
+    def _rows(self) -> Iterator[int]:
         dice = np.random.default_rng([self.seed, self.epoch])
         shuffled = dice.permutation(len(self.lengths))
         blocks = np.split(
@@ -132,6 +148,15 @@ class Order(torch.utils.data.Sampler[int]):
         batches = ordered[:whole].reshape(-1, self.batch_size)
         yield from batches[dice.permutation(len(batches))].ravel().tolist()
         yield from ordered[whole:].tolist()
+
+
+def with_blank(rows: Any) -> Any:
+    """Return the rows and, last, one without tokens: what a rank takes that has none left."""
+    import datasets
+
+    blank: dict[str, list[list[int]]] = {"input_ids": [[]], "labels": [[]], "lengths": [[0]]}
+    one = datasets.Dataset.from_dict(blank, features=rows.features)
+    return datasets.concatenate_datasets([rows, one])
 
 
 def unpack(rows: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import structlog
 import torch
 
+from job.train.peers import ALONE, Peers
+
 log = structlog.get_logger()
 
 # Dense bf16 peak in FLOP/s without sparsity, as the makers' data sheets have it. More particular
@@ -37,6 +39,8 @@ class Meters:
     device: str
     num_tokens: int = 0
     """Real tokens so far, by all attempts."""
+    peers: Peers = ALONE
+    """Figures are sums over them."""
     _batches: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     _losses: list[torch.Tensor] = field(default_factory=list)
     _step_began: float = 0.0
@@ -57,13 +61,17 @@ class Meters:
 
     def loss(self) -> float:
         """Return the present step's loss, in nats a supervised token."""
-        return float(torch.stack(self._losses).sum()) if self._losses else float("nan")
+        if not self._losses:
+            return float("nan")
+        return float(self.peers.sum(torch.stack(self._losses).sum()))
 
     def step(self, step: int, loss: float, **figures: float) -> dict[str, Any]:
         """Close a step, write its line, and return its figures."""
         now = time.monotonic()
         real = int(sum(int(count) for count, _ in self._batches))
         places = sum(size for _, size in self._batches)
+        if self.peers.size > 1:
+            real, places = self.peers.sum(torch.tensor([real, places])).tolist()
         self._batches, self._losses = [], []
         self.num_tokens += real
         self._tokens_here += real
@@ -80,7 +88,7 @@ class Meters:
             "memory_gb": round(memory_bytes(self.device) / 1e9, 2),
             "eta_s": round(self.eta_s(step), 1),
         }
-        if (share := mfu(rate, self.active, self.device)) is not None:
+        if (share := mfu(rate / self.peers.size, self.active, self.device)) is not None:
             line["mfu"] = round(share, 4)
         with self.history.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")

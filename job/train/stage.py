@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from job.context import Context
     from job.train.callbacks import Life
     from job.train.checkpoints import CheckpointState
+    from job.train.peers import Peers
     from job.train.trainer import LoraTrainer
 
 log = structlog.get_logger()
@@ -24,6 +25,8 @@ log = structlog.get_logger()
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 # Settings that change when a run is saved or ended, and not what it computes.
 TIMING = frozenset({"checkpoint_every_s", "checkpoint_every_steps", "step_timeout_s"})
+# Counted as what it comes to: one for each GPU that is here.
+COUNTED = frozenset({"num_processes"})
 
 
 def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
@@ -46,11 +49,14 @@ def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
 
 def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, str]:
     """Return what an adapter depends on, part by part, so that a difference has a name."""
+    from job.train.ranks import num_processes
+
     tokenizer = dataset.folder / "tokenizer"
-    train_section = job.train.model_dump(mode="json", exclude=set(TIMING))
+    train_section = job.train.model_dump(mode="json", exclude=set(TIMING | COUNTED))
     return {
         "seed": str(job.seed),
         "device": job.device,
+        "processes": str(num_processes(job)),
         "model": fingerprint(job.model.model_dump(mode="json", exclude={"source"}), model.files),
         "lora": fingerprint(job.lora.model_dump(mode="json")),
         "train": fingerprint(train_section),
@@ -63,20 +69,43 @@ def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, s
 def _train(
     context: Context, model: Source, dataset: Dataset, folder: Path, parts: dict[str, str]
 ) -> Adapter:
+    from job.train.peers import ALONE
+    from job.train.ranks import num_processes, train_in_ranks
+
+    restored = folder / "restored"
+    resumed = _restore(context, restored, parts)
+    count = num_processes(context.job)
+    if count > 1:
+        adapter = train_in_ranks(context, model, dataset, folder, parts, resumed, count)
+    else:
+        adapter = train_here(context, model, dataset, folder, parts, restored, resumed, ALONE)
+    for scratch in ("restored", "trainer"):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    return adapter
+
+
+def train_here(
+    context: Context,
+    model: Source,
+    dataset: Dataset,
+    folder: Path,
+    parts: dict[str, str],
+    restored: Path,
+    resumed: CheckpointState | None,
+    peers: Peers,
+) -> Adapter:
+    """Train in this process, alone or as one of several; ``folder`` is for this one's files."""
     from job.train.memory import memory_explained
 
-    resumed = _restore(context, folder / "restored", parts)
-    trainer, life = _prepare(context, model, dataset, folder, parts, resumed)
-    context.stop.check()
+    trainer, life = _prepare(context, model, dataset, folder, parts, restored, resumed, peers)
+    peers.check(context.stop)
     try:
         with memory_explained(trainer.model, context.job):
-            _run(trainer, folder / "restored", resumed)
+            _run(trainer, restored, resumed)
         adapter = _finish(trainer, life, folder, resumed)
     finally:
         for tracker in life.trackers:
             tracker.end({"steps": trainer.state.global_step})
-    for scratch in ("restored", "trainer"):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
     return adapter
 
 
@@ -99,7 +128,9 @@ def _prepare(
     dataset: Dataset,
     folder: Path,
     parts: dict[str, str],
+    restored: Path,
     resumed: CheckpointState | None,
+    peers: Peers,
 ) -> tuple[LoraTrainer, Life]:
     import datasets
 
@@ -111,19 +142,21 @@ def _prepare(
     from job.train.trainer import make_trainer
 
     job = context.job
-    base = _load(context, source)
+    base = _load(context, source, peers)
     model = add_lora(base, job.lora, seed=job.seed, source=source)
     if job.lora.expert_forward == "grouped":
         use_grouped_lora(model)
     rows = datasets.Dataset.from_file(str(dataset.folder / "train.arrow"))
-    rows, packed = _pack_or_not(model, rows, dataset, job)
+    rows, packed = _pack_or_not(model, rows, dataset, job, peers)
     context.progress.update()
     tokenizer = load_tokenizer(dataset.folder / "tokenizer")
-    trainer = make_trainer(model, tokenizer, rows, dataset, job, folder / "trainer", packed=packed)
+    trainer = make_trainer(
+        model, tokenizer, rows, dataset, job, folder / "trainer", packed=packed, peers=peers
+    )
     history = folder / "history.jsonl"
     history.unlink(missing_ok=True)
     if resumed is not None:
-        shutil.copyfile(folder / "restored" / "history.jsonl", history)
+        shutil.copyfile(restored / "history.jsonl", history)
     trainer.resumed = resumed
     trainer.meters = Meters(
         history=history,
@@ -131,14 +164,16 @@ def _prepare(
         active=active_parameters(model),
         device=job.device,
         num_tokens=resumed.num_tokens if resumed else 0,
+        peers=peers,
     )
-    life = Life(context, trainer, folder, parts, _trackers(context, folder))
+    trackers = _trackers(context, folder) if peers.rank == 0 else []
+    life = Life(context, trainer, folder, parts, trackers)
     life.spent_s = resumed.duration_s if resumed else 0.0
     trainer.add_callback(life)
     return trainer, life
 
 
-def _load(context: Context, source: Source) -> Any:
+def _load(context: Context, source: Source, peers: Peers) -> Any:
     import torch
 
     from job.train.model import load_base, require_device
@@ -151,7 +186,7 @@ def _load(context: Context, source: Source) -> Any:
         source.folder, dtype=job.model.dtype, device=job.device, attention=job.model.attention
     )
     context.progress.update()
-    context.stop.check()
+    peers.check(context.stop)
     text_config = base.config.get_text_config()
     routed = {
         "experts": getattr(base.config, "_experts_implementation", None),
@@ -167,7 +202,9 @@ def _load(context: Context, source: Source) -> Any:
     return base
 
 
-def _pack_or_not(model: Any, rows: Any, dataset: Dataset, job: JobConfig) -> tuple[Any, bool]:
+def _pack_or_not(
+    model: Any, rows: Any, dataset: Dataset, job: JobConfig, peers: Peers
+) -> tuple[Any, bool]:
     """Return the rows as they are if packing is right for this model, else unpacked."""
     from job.train.collator import unpack
     from job.train.preflight import packing_fault, pick_documents
@@ -175,10 +212,14 @@ def _pack_or_not(model: Any, rows: Any, dataset: Dataset, job: JobConfig) -> tup
     if not job.data.packing:
         return rows, False
     fault = packing_fault(model, pick_documents(rows), dataset.pad_token_id)
-    if fault is None:
+    if not peers.any(fault is not None)[0]:
         log.info("packing_checked", rows=len(rows), examples=dataset.num_examples)
         return rows, True
-    log.warning("packing_refused", reason=fault, instead="one example a row, padded")
+    log.warning(
+        "packing_refused",
+        reason=fault or "another rank's check",
+        instead="one example a row, padded",
+    )
     return unpack(rows), False
 
 
@@ -207,9 +248,11 @@ def _run(trainer: LoraTrainer, restored: Path, resumed: CheckpointState | None) 
 def _finish(
     trainer: LoraTrainer, life: Life, folder: Path, resumed: CheckpointState | None
 ) -> Adapter:
+    from job.train.checkpoints import trainable
     from job.train.lora import delta_norms, require_learned, save_adapter
     from job.train.meters import read_history
 
+    trainer.peers.require_same(trainable(trainer.model))
     norms = delta_norms(trainer.model)
     require_learned(norms)
     write_json(folder / "delta_norms.json", norms)

@@ -15,10 +15,11 @@ from job.artifacts import Dataset
 from job.config import JobConfig, TrainSection
 from job.errors import ExitCode, JobError
 from job.train.checkpoints import CheckpointState, load_optimizer, load_weights
-from job.train.collator import Collator, Order, build_masks
+from job.train.collator import Collator, Order, build_masks, with_blank
 from job.train.loss import balance_loss, summed_loss
 from job.train.meters import Meters
 from job.train.model import base_of
+from job.train.peers import ALONE, Peers
 
 
 class LoraTrainer(SFTTrainer):
@@ -33,6 +34,7 @@ class LoraTrainer(SFTTrainer):
     """
 
     meters: Meters
+    peers: Peers = ALONE
     resumed: CheckpointState | None = None
     grad_norm: float = float("nan")
 
@@ -55,15 +57,24 @@ class LoraTrainer(SFTTrainer):
             total, router_logits = summed_loss(base, inputs, labels, self.aux_loss_enabled)
         assert num_items_in_batch is not None
         loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and (self.peers.size == 1 or bool(real.any())):
             balance = balance_loss(base, router_logits, real)
-            loss += self.router_aux_loss_coef * balance / self.current_gradient_accumulation_steps
+            batches = self.current_gradient_accumulation_steps * self.peers.size
+            loss += self.router_aux_loss_coef * balance / batches
         self.meters.add(real, loss)
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:  # noqa: ARG002
         """Count nothing: the meters do, and by what LoRA really costs."""
         return 0
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return self.peers.sum(torch.as_tensor(count)) if self.peers.size > 1 else count
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.peers.sum_gradients(model.parameters())
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -72,7 +83,11 @@ class LoraTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:  # noqa: ARG002
         lengths = [sum(counts) for counts in self.train_dataset.with_format(None)["lengths"]]
-        return Order(lengths, self.args.per_device_train_batch_size, self.args.seed)
+        rank, size = self.peers.rank, self.peers.size
+        if size > 1:
+            lengths = lengths[:-1]  # the blank row
+        batch_size = self.args.per_device_train_batch_size
+        return Order(lengths, batch_size, self.args.seed, rank=rank, size=size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(Path(resume_from_checkpoint), model or self.model)
@@ -86,12 +101,13 @@ class LoraTrainer(SFTTrainer):
         """Do nothing: each step seeds the generators itself."""
 
 
-def planned_steps(num_rows: int, section: TrainSection) -> int:
+def planned_steps(num_rows: int, section: TrainSection, num_processes: int = 1) -> int:
     """Return the optimiser steps that the job file asks for, on ``num_rows`` rows."""
     if section.max_steps is not None:
         return section.max_steps
     batches = math.ceil(num_rows / section.batch_size)
-    return math.ceil(section.epochs * math.ceil(batches / section.gradient_accumulation))
+    at_once = section.gradient_accumulation * num_processes
+    return math.ceil(section.epochs * math.ceil(batches / at_once))
 
 
 def make_trainer(
@@ -103,6 +119,7 @@ def make_trainer(
     folder: Path,
     *,
     packed: bool,
+    peers: Peers = ALONE,
 ) -> LoraTrainer:
     """Return the trainer of one run.
 
@@ -123,13 +140,14 @@ def make_trainer(
         warnings.simplefilter("ignore", FutureWarning)
         trainer = LoraTrainer(
             model=model,
-            args=_arguments(job, planned_steps(len(rows), section), model, folder),
-            train_dataset=rows.with_format("numpy"),
+            args=_arguments(job, planned_steps(len(rows), section, peers.size), model, folder),
+            train_dataset=(rows if peers.size == 1 else with_blank(rows)).with_format("numpy"),
             data_collator=Collator(dataset.pad_token_id, packed=packed),
             processing_class=tokenizer,
         )
     # It prints to stdout, which is for data.
     trainer.remove_callback(PrinterCallback)
+    trainer.peers = peers
     # The loss is divided by the accumulation's tokens, not by its micro-batches.
     trainer.model_accepts_loss_kwargs = True
     return trainer
