@@ -2,8 +2,9 @@
 
 Catches what no look at tensors can: a wrong idea of which weights an adapter key means. Done layer
 by layer: hooks read a layer's weights from the shards when its turn comes and drop them after it,
-so memory holds one layer (or the embedding) in fp32, however many there are. All arithmetic is
-fp32: only the weights' rounding shows.
+so memory holds one layer (or the embedding), however many there are. The arithmetic is finer than
+what is compared (fp64 for weights in fp32, fp32 for rounder ones): only the weights' rounding shows,
+not the order in which a deep model adds.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ class LogitReport:
 class _Weights:
     """Reads a model's parameters, by their names at run time, from the shards in a folder."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, folder: Path, model: Any, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._tensors = pair_mxfp4(read_checkpoint(folder))
         self._parts = find_parts(model, list(self._tensors))
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return a parameter in fp32; a missing row of a resized embedding is zero.
+        """Return a parameter in the arithmetic's dtype; a missing row of a resized embedding is zero.
 
         Raises:
             JobError: 70 if the shards do not have it: such a model would load at random.
@@ -92,9 +94,8 @@ class _Weights:
         ]
         return torch.stack(rows)
 
-    @staticmethod
-    def _one(tensor: Tensor) -> torch.Tensor:
-        return torch.from_numpy(read_whole(tensor))
+    def _one(self, tensor: Tensor) -> torch.Tensor:
+        return torch.from_numpy(read_whole(tensor)).to(self._dtype)
 
 
 def compare(plan: Plan, out: Path, input_ids: list[list[int]], *, stop: Stop) -> LogitReport:
@@ -107,16 +108,17 @@ def compare(plan: Plan, out: Path, input_ids: list[list[int]], *, stop: Stop) ->
         stop: Heard at every layer.
     """
     ids, real = _batch(input_ids)
+    dtype = torch.float32 if _is_rounded(plan) else torch.float64
     model = empty_peft_model(plan.base, plan.adapter.folder, plan.config_edits.get("vocab_size"))
     _check_scaling(plan, model)
-    _load_adapter(model, plan.adapter.folder)
-    _stream_weights(model, plan.base, model.get_base_model(), stop)
+    _load_adapter(model, plan.adapter.folder, dtype)
+    _stream_weights(model, plan.base, model.get_base_model(), dtype, stop)
     adapted = _logits(model, ids, real)
     with model.disable_adapter():
         base = _logits(model, ids, real)
     del model
     merged_model = empty_model(out)
-    _stream_weights(merged_model, out, merged_model, stop)
+    _stream_weights(merged_model, out, merged_model, dtype, stop)
     merged = _logits(merged_model, ids, real)
     return LogitReport(
         positions=adapted.shape[0],
@@ -133,8 +135,7 @@ def judge(report: LogitReport, plan: Plan, limits: MergeSection) -> None:
     Raises:
         JobError: 70, with what was measured and the mend.
     """
-    rounded = any(o.dtype in ("BF16", "F16") for o in plan.outputs if not o.copied)
-    if not rounded:
+    if not _is_rounded(plan):
         if not report.max_difference <= limits.max_logit_difference:
             raise _refused(
                 f"logits differ by {report.max_difference:.2g} from base + adapter, more than "
@@ -150,6 +151,11 @@ def judge(report: LogitReport, plan: Plan, limits: MergeSection) -> None:
             "loses too much of what was trained",
             do="set merge.format: fp32, or train with more rank, steps or learning rate",
         )
+
+
+def _is_rounded(plan: Plan) -> bool:
+    """Whether what is merged is kept in fewer bits than fp32 has."""
+    return any(o.dtype in ("BF16", "F16") for o in plan.outputs if not o.copied)
 
 
 def fixed_prompts(vocab_size: int) -> list[list[int]]:
@@ -180,7 +186,7 @@ def _batch(input_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def _logits(model: Any, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Return the logits of the real positions, (positions, vocabulary)."""
-    logits = model(input_ids=ids, use_cache=False).logits.float()[real]
+    logits = model(input_ids=ids, use_cache=False).logits[real]
     if not torch.isfinite(logits).all():
         raise _refused("logits are not finite", do="look at the base: its weights are broken")
     return logits
@@ -195,7 +201,7 @@ def _kl(left: torch.Tensor, right: torch.Tensor) -> float:
     return max(sums / left.shape[0], 0.0)
 
 
-def _load_adapter(model: Any, folder: Path) -> None:
+def _load_adapter(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Put the adapter's own weights into PEFT's model, by PEFT's own names."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -211,7 +217,7 @@ def _load_adapter(model: Any, folder: Path) -> None:
         raise _refused(f"PEFT does not know the adapter's key {strange[0]}")
     if lost := saved.keys() - state.keys():
         raise _refused(f"the adapter has nothing for {min(lost)}")
-    loaded = {known[key]: value.float() for key, value in state.items()}
+    loaded = {known[key]: value.to(dtype) for key, value in state.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
 
 
@@ -225,9 +231,12 @@ def _check_scaling(plan: Plan, model: Any) -> None:
                 raise _refused(f"{name} is scaled by {said}, PEFT says {module.scaling['default']}")
 
 
-def _stream_weights(model: Any, folder: Path, named_model: Any, stop: Stop) -> None:
+def _stream_weights(
+    model: Any, folder: Path, named_model: Any, dtype: torch.dtype, stop: Stop
+) -> None:
     """Make every layer of ``model`` read its weights from ``folder`` for its turn only."""
-    weights = _Weights(folder, empty_model(folder) if named_model is not model else model)
+    named = empty_model(folder) if named_model is not model else model
+    weights = _Weights(folder, named, dtype)
     prefix = next(n for n, m in model.named_modules() if m is named_model)
     for name, unit in _units(model):
         owned = _empty_parameters(name, unit, prefix)

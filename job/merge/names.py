@@ -59,7 +59,11 @@ def empty_model(base: Path, vocab_size: int | None = None) -> Any:
         config.vocab_size = vocab_size or config.vocab_size
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                # The grouped kernels know no fp64.
+                experts_implementation="eager",
             ).eval()
     except (ValueError, KeyError, OSError) as error:
         what = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

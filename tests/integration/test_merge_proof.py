@@ -143,8 +143,9 @@ def test_right_plan_passes_in_bf16(folders: Path, tmp_path: Path) -> None:
 def test_logits_hold_one_layer_at_a_time(folders: Path) -> None:
     """Before and after a forward no base weight is in memory; in a layer's turn only its own are."""
     model = logits.empty_peft_model(folders / "base", folders / "adapter")
-    logits._load_adapter(model, folders / "adapter")
-    logits._stream_weights(model, folders / "base", model.get_base_model(), Stop())
+    logits._load_adapter(model, folders / "adapter", torch.float64)
+    base = model.get_base_model()
+    logits._stream_weights(model, folders / "base", base, torch.float64, Stop())
     loaded: list[set[str]] = []
 
     def look(*_: Any) -> None:
