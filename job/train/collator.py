@@ -80,7 +80,7 @@ def build_masks(documents: torch.Tensor, config: Any, dtype: torch.dtype) -> Any
 
 def _mask(documents: torch.Tensor, window: int | None, attention: str, dtype: torch.dtype) -> Any:
     if attention == "flex_attention":
-        return _block_mask(documents, window)
+        return block_mask(documents, window)
     place = torch.arange(documents.shape[1], device=documents.device)
     back = place[:, None] - place[None, :]
     near = (back >= 0) if window is None else (back >= 0) & (back < window)
@@ -91,7 +91,8 @@ def _mask(documents: torch.Tensor, window: int | None, attention: str, dtype: to
     return torch.where(seen[:, None], zero, torch.finfo(dtype).min)
 
 
-def _block_mask(documents: torch.Tensor, window: int | None) -> Any:
+def block_mask(documents: torch.Tensor, window: int | None) -> Any:
+    """Return flex attention's mask of packed documents: int [rows, tokens]."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(row: Any, head: Any, query: Any, key: Any) -> Any:  # noqa: ARG001

@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from job.errors import ExitCode, JobError
+from job.train.attention import choose
 
 log = structlog.get_logger()
 
@@ -71,8 +72,18 @@ def pick_attention(wanted: str, config: Any, device: str) -> tuple[str, str]:
     return wanted, "the job file asks for it"
 
 
+def has_sinks(config: Any) -> bool:
+    """Whether attention has a learned sink, which few kernels know."""
+    return bool(config.model_type == "gpt_oss")
+
+
 def load_base(
-    source_folder: Path, *, dtype: str = "auto", device: str, attention: str = "auto"
+    source_folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str,
+    attention: str = "auto",
+    training: bool = False,
 ) -> tuple[Any, str]:
     """Load a causal language model from a folder of safetensors, onto ``device``.
 
@@ -84,6 +95,7 @@ def load_base(
         dtype: ``auto``, ``bfloat16`` or ``float32``.
         device: ``cuda`` or ``cpu``.
         attention: the job file's ``model.attention``.
+        training: whether a kernel with a backward may be picked, after a check that takes seconds.
 
     Returns:
         The model in evaluation mode, and the attention it got with the reason, for the log.
@@ -99,6 +111,8 @@ def load_base(
     _refuse_pickles(source_folder)
     precision = pick_dtype(dtype, config, device)
     implementation, reason = pick_attention(attention, config, device)
+    if training and device == "cuda" and attention == "auto" and has_sinks(config):
+        implementation, reason = choose(config, precision, device)
     extra: dict[str, Any] = {}
     if _is_mxfp4(config):
         extra["quantization_config"] = Mxfp4Config(dequantize=True)

@@ -183,7 +183,11 @@ def _load(context: Context, source: Source, peers: Peers) -> Any:
     if job.train.expandable_segments and job.device == "cuda":
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # noqa: SLF001
     base, attention = load_base(
-        source.folder, dtype=job.model.dtype, device=job.device, attention=job.model.attention
+        source.folder,
+        dtype=job.model.dtype,
+        device=job.device,
+        attention=job.model.attention,
+        training=True,
     )
     context.progress.update()
     peers.check(context.stop)
