@@ -47,6 +47,15 @@ clean: ## Remove what was built and what the demo wrote
 	rm -rf dist demo work .venv .pytest_cache .mypy_cache .ruff_cache
 
 ##@ Measure
+bench: setup .venv/.demo ## Training on this CPU against TRL's own trainer, the demo's model and rows
+	$(RUN)/python tests/bench/bench_train.py
+
+bench-gpu: setup ## Training on one GPU, full-size random models (ONLY=gpt-oss|llama3-8b|qwen2.5-7b|qwen2.5-1.5b)
+	$(RUN)/python tests/bench/bench_gpu.py $(if $(ONLY),--only $(ONLY))
+
+test-gpu: setup ## Run the tests that need a CUDA device
+	$(PYTEST) tests/gpu
+
 bench-merge: setup ## The merge against PEFT's, 1.5 B parameters
 	$(RUN)/python tests/bench/bench_merge.py
 
@@ -74,4 +83,4 @@ include cluster.mk
 	$(UV) pip install --quiet --python .venv --no-deps --require-hashes -r requirements/demo.txt
 	touch $@
 
-.PHONY: help setup demo test check lint types fmt lock wheel clean bench-merge bench-transfer bench-data
+.PHONY: help setup demo test check lint types fmt lock wheel clean bench bench-gpu test-gpu bench-merge bench-transfer bench-data
