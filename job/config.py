@@ -175,6 +175,8 @@ class TrainSection(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 4
     num_processes: Annotated[int, Field(ge=1)] | None = None
     """Ranks in the pod; by itself one for each GPU. A step has `batch_size` × so many more rows."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """Whether ranks share the base's layers out (fsdp2): for a base that one GPU can't hold."""
     gradient_checkpointing: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -297,6 +299,10 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:
+        if self.train.sharding == "fsdp2" and self.lora.expert_forward == "fold":
+            raise ValueError("train.sharding: fsdp2 needs lora.expert_forward: grouped")
+        if self.train.sharding == "fsdp2" and self.train.num_processes == 1:
+            raise ValueError("train.sharding: fsdp2 needs more than one of train.num_processes")
         if self.merge.format == "none" and self.publish.hub.merged:
             raise ValueError("publish.hub.merged needs a merge; set merge.format to base")
         if "://" in self.store and not re.match(r"^s3://[^/]+", self.store):

@@ -7,16 +7,21 @@ import signal
 from typing import Any
 
 from job.errors import ExitCode, JobError
-from job.train import ranks
+from job.train import rank
 
 # Taken before a test puts one of those below in its place.
-real = ranks.rank_main
+real = rank.rank_main
 
 
 def out_of_memory(task: Any) -> Any:
     """Rank 1 fails in its second step; the others wait for it in a collective."""
     error = JobError(ExitCode.OUT_OF_RESOURCES, "train on cpu", "out of memory", "give it more")
     return _failing(task, error)
+
+
+def broken(task: Any) -> Any:
+    """Rank 1 has a bug in its second step."""
+    return _failing(task, ZeroDivisionError("a bug of rank 1"))
 
 
 def killed(task: Any) -> Any:

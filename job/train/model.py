@@ -84,6 +84,7 @@ def load_base(
     device: str,
     attention: str = "auto",
     training: bool = False,
+    on_host: bool = False,
 ) -> tuple[Any, str]:
     """Load a causal language model from a folder of safetensors, onto ``device``.
 
@@ -96,6 +97,8 @@ def load_base(
         device: ``cuda`` or ``cpu``.
         attention: the job file's ``model.attention``.
         training: whether a kernel with a backward may be picked, after a check that takes seconds.
+
+        on_host: leave the weights in the host's memory, in the device's dtype, to be sharded.
 
     Returns:
         The model in evaluation mode, and the attention it got with the reason, for the log.
@@ -116,7 +119,7 @@ def load_base(
     extra: dict[str, Any] = {}
     if _is_mxfp4(config):
         extra["quantization_config"] = Mxfp4Config(dequantize=True)
-    if device == "cuda":
+    if device == "cuda" and not on_host:
         extra["device_map"] = {"": 0}
     model, found = _read_weights(
         source_folder,

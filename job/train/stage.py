@@ -146,6 +146,10 @@ def _prepare(
     model = add_lora(base, job.lora, seed=job.seed, source=source)
     if job.lora.expert_forward == "grouped":
         use_grouped_lora(model)
+    if job.train.sharding == "fsdp2":
+        from job.train.sharding import shard_base
+
+        shard_base(model, peers, job.device)
     rows = datasets.Dataset.from_file(str(dataset.folder / "train.arrow"))
     rows, packed = _pack_or_not(model, rows, dataset, job, peers)
     context.progress.update()
@@ -188,6 +192,7 @@ def _load(context: Context, source: Source, peers: Peers) -> Any:
         device=job.device,
         attention=job.model.attention,
         training=True,
+        on_host=job.train.sharding != "none",
     )
     context.progress.update()
     peers.check(context.stop)

@@ -83,6 +83,25 @@ def test_two_ranks_train_what_one_process_does(tmp_path):
     assert not [p.name for p in both.folder.iterdir() if p.is_dir()]
 
 
+def test_sharded_layers_train_what_whole_ones_do(tmp_path):
+    """FSDP2 shares the frozen layers out; with recomputation and experts."""
+    bed = Bed(tmp_path, "gpt_oss")
+    lora = {"target_parameters": ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]}
+    section = {"gradient_checkpointing": True, "epochs": 1}
+    alone = bed.train("one", 1, lora=lora, **section)
+    with capture_logs() as logs:
+        both = bed.train("two", 2, lora=lora, sharding="fsdp2", **section)
+    check_same(alone, both)
+    (told,) = [e for e in logs if e["event"] == "base_sharded"]
+    assert told["ranks"] == 2
+    layers = sum(
+        t.nbytes
+        for n, t in load_file(bed.model / "model.safetensors").items()
+        if n.startswith("model.layers.")
+    )
+    assert told["sharded_gb"] == pytest.approx(layers / 2 / 1e9, rel=0.05)
+
+
 def start(folder: Path, job_file: Path) -> subprocess.Popen[str]:
     tests = Path(__file__).resolve().parents[1]
     return subprocess.Popen(
@@ -129,7 +148,7 @@ def test_sigterm_ends_all_at_one_step_and_it_goes_on(bed, tmp_path):
     ("entry", "code", "says"),
     [
         (ranking.out_of_memory, ExitCode.OUT_OF_RESOURCES, "out of memory"),
-        (ranking.killed, ExitCode.HARDWARE, "rank 1 was ended by SIGKILL"),
+        (ranking.killed, ExitCode.HARDWARE, "rank 1 ended without a word"),
     ],
 )
 def test_one_ranks_failure_ends_all_with_its_code(bed, monkeypatch, entry, code, says):
@@ -138,6 +157,13 @@ def test_one_ranks_failure_ends_all_with_its_code(bed, monkeypatch, entry, code,
     with pytest.raises(JobError, match=says) as caught:
         bed.train(f"failed-{code}", 2)
     assert caught.value.code == code
+
+
+def test_a_bug_in_a_rank_stays_a_bug(bed, monkeypatch):
+    """With the rank's own traceback, also where another rank is seen to leave first."""
+    monkeypatch.setattr(ranks, "rank_main", ranking.broken)
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*ZeroDivisionError: a bug of rank 1"):
+        bed.train("bug", 2)
 
 
 def test_a_store_that_refuses_the_checkpoint_ends_it(bed):

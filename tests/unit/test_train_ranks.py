@@ -67,17 +67,45 @@ def test_as_many_ranks_as_asked_or_as_there_are_gpus(monkeypatch):
 
 
 def record(folder, rank, code, time):
-    words = {"code": int(code), "where": f"rank {rank}", "what": "w", "do": "d", "time": time}
-    (folder / f"error-{rank}.json").write_text(json.dumps(words))
+    words = {"code": int(code), "where": f"rank {rank}", "what": "w", "do": "d"}
+    (folder / f"error-{rank}.json").write_text(json.dumps({**words, "rank": rank, "time": time}))
 
 
 def test_the_first_real_reason_wins(tmp_path):
-    """Ranks that only lost the others are heard last; without a word, it is a bug."""
-    bug = RuntimeError("a rank's traceback")
-    assert ranks._explain(bug, tmp_path) is bug
+    """Ranks that only lost the others are heard last, and a silent one is named."""
+    failed = RuntimeError("the agent's words")
+    assert ranks._explain(failed, tmp_path, 3) is failed
     record(tmp_path, 0, ExitCode.HARDWARE, 1.0)
-    assert ranks._explain(bug, tmp_path).code == ExitCode.HARDWARE
+    record(tmp_path, 2, ExitCode.HARDWARE, 1.5)
+    error = ranks._explain(failed, tmp_path, 3)
+    assert error.code == ExitCode.HARDWARE
+    assert "rank 1 ended without a word" in str(error)
     record(tmp_path, 2, ExitCode.NOT_PROVEN, 3.0)
     record(tmp_path, 1, ExitCode.OUT_OF_RESOURCES, 2.0)
-    error = ranks._explain(bug, tmp_path)
+    error = ranks._explain(failed, tmp_path, 3)
     assert (error.code, error.where) == (ExitCode.OUT_OF_RESOURCES, "rank 1")
+    record(tmp_path, 0, 1, 0.5)
+    assert str(ranks._explain(failed, tmp_path, 3)) == "rank 0:\nw"
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"sharding": "fsdp2"}, "lora": {"expert_forward": "fold"}}, "needs lora.expert"),
+        ({"train": {"sharding": "fsdp2", "num_processes": 1}}, "more than one"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused_before_anything_runs(sections, says):
+    """By the job file alone."""
+    with pytest.raises(ValueError, match=says):
+        trainbed.make_job("m", "s", **sections)
+
+
+def test_sharding_alone_is_refused():
+    """One GPU is there, and the job file leaves the number open."""
+    from job.train.peers import ALONE
+    from job.train.sharding import shard_base
+
+    with pytest.raises(JobError, match="more than one process") as caught:
+        shard_base(None, ALONE, "cpu")
+    assert caught.value.code == ExitCode.CONFIG
