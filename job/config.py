@@ -311,8 +311,9 @@ class JobConfig(Section):
 
     @property
     def run_name(self) -> str:
-        """The run's id: the name and 8 hex digits of the job file's meaning."""
-        return f"{self.name}-{fingerprint(self.model_dump(mode='json'))[:8]}"
+        """The run's id: the name and 8 hex digits of what the file says beyond the defaults."""
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        return f"{self.name}-{fingerprint(settings)[:8]}"
 
 
 def load_job(path: Path) -> JobConfig:

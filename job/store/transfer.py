@@ -22,6 +22,7 @@ log = structlog.get_logger()
 FILES_AT_ONCE = 4
 POLL_S = 0.2
 SAY_EVERY_S = 10.0
+CLEAN_UP_S = 2.0
 
 
 def ordered(
@@ -62,8 +63,8 @@ def each(
 ) -> list[R]:
     """Return ``call(item, inner_stop)`` for all items, several at once.
 
-    The first failure, or ``stop``, is raised at once; the others are asked to end by the inner
-    stop, and are not waited for: one of them may hang on a server that says nothing.
+    The first failure, or ``stop``, is raised; the others are asked to end by the inner stop and
+    get two seconds to clean up behind them, not more: one may hang on a server that says nothing.
     """
     inner = Stop()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transfer")
@@ -78,6 +79,8 @@ def each(
         return [future.result() for future in futures]
     except BaseException as error:
         inner.request(error if isinstance(error, JobError) else _abandoned(error))
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait([future for future in futures if not future.cancelled()], timeout=CLEAN_UP_S)
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
