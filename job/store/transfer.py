@@ -22,7 +22,7 @@ log = structlog.get_logger()
 FILES_AT_ONCE = 4
 POLL_S = 0.2
 SAY_EVERY_S = 10.0
-CLEAN_UP_S = 2.0
+CLEAN_UP_S = 1.0
 
 
 def ordered(
@@ -64,7 +64,7 @@ def each(
     """Return ``call(item, inner_stop)`` for all items, several at once.
 
     The first failure, or ``stop``, is raised; the others are asked to end by the inner stop and
-    get two seconds to clean up behind them, not more: one may hang on a server that says nothing.
+    get a second to clean up behind them, not more: one may hang on a server that says nothing.
     """
     inner = Stop()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transfer")

@@ -168,7 +168,7 @@ def test_a_stop_is_heard_while_the_server_is_silent(
     began = time.monotonic()
     call = lambda path, inner: store.hearing(inner).upload(path.name, path)  # noqa: E731
     assert code_of(lambda: each(call, paths, stop=stop)) is ExitCode.PREEMPTED
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 5.0
     assert s3_client.READ_TIMEOUT_S <= 10
     proxy.release()
 
