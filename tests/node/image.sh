@@ -15,10 +15,13 @@ say() { echo "image: $*" >&2; }
 has() { $buildah inspect --type image "$1" >/dev/null 2>&1; }
 
 base() {
-    local root=$folder/root
-    say "a Debian base by debootstrap"
+    local root=$folder/root release mirror
+    # This machine's own release, from where it gets its own packages.
+    release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | head -n 1)
+    say "a Debian base ($release) by debootstrap"
     rm -rf "$root"
-    debootstrap --variant=minbase bookworm "$root" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$folder/debootstrap.log" ||
+    debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/debootstrap.log" ||
         { tail -20 "$folder/debootstrap.log" >&2; return 1; }
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
     # Certificate authorities that this machine trusts beside the usual ones.
