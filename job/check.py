@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar
 from job import estimate
 from job.artifacts import Dataset, Source
 from job.config import JobConfig
-from job.errors import JobError
+from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.stop import Stop
 
@@ -41,6 +41,8 @@ class Findings:
         try:
             result = call()
         except JobError as error:
+            if error.code is ExitCode.PREEMPTED:
+                raise
             self.code = self.code or int(error.code)
             fault = {"code": int(error.code), "where": error.where, "what": error.what}
             self.tried.append({"check": name, "ok": False, **fault, "do": error.do})

@@ -108,7 +108,7 @@ def add_parsers(verbs: Any) -> None:
     versions = _verb(verbs, "versions", _versions, "what is published, and which channel is where")
     versions.add_argument("name", metavar="STORE/NAME")
     versions.add_argument(
-        "--prune", type=int, metavar="KEEP", help="delete all but the newest KEEP"
+        "--prune", type=_at_least(1, int), metavar="KEEP", help="delete all but the newest KEEP"
     )
     _output(versions)
 
@@ -127,8 +127,8 @@ def _add_generate(verbs: Any) -> None:
     generate.add_argument("--prompts", type=Path, help="a file: one question a line, or jsonl")
     generate.add_argument("--reasoning-language", metavar="X", help="think in this language")
     generate.add_argument("--system", help="the system (developer) text")
-    generate.add_argument("--max-new-tokens", type=int, default=512)
-    generate.add_argument("--temperature", type=float, default=0.6)
+    generate.add_argument("--max-new-tokens", type=_at_least(1, int), default=512)
+    generate.add_argument("--temperature", type=_at_least(0, float), default=0.6)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     _output(generate)
@@ -138,6 +138,17 @@ def _verb(verbs: Any, name: str, call: Callable[[argparse.Namespace], int], text
     parser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(call=call, verb=name)
     return parser
+
+
+def _at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
 
 
 def _output(parser: argparse.ArgumentParser) -> None:

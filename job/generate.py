@@ -107,7 +107,10 @@ def read_prompts(prompt: str | None, path: Path | None) -> list[Prompt]:
         )
     if not prompts:
         raise JobError(
-            ExitCode.USAGE, "generate", "nothing is asked", "give a question, or --prompts FILE"
+            ExitCode.USAGE,
+            str(path or "generate"),
+            "nothing is asked",
+            "give a question, or a --prompts FILE with some",
         )
     return prompts
 
@@ -118,12 +121,13 @@ def _from_json(line: str, where: str) -> Prompt:
         row = json.loads(line)
         if isinstance(row, str):
             return Prompt(user=row)
+        asked = [turn["content"] for turn in row.get("messages", []) if turn["role"] == "user"]
         return Prompt(
-            user=row.get("user") or row.get("prompt") or "",
+            user=row.get("user") or row.get("prompt") or (asked or [""])[-1],
             system=row.get("system") or row.get("developer"),
             reasoning_language=row.get("reasoning_language"),
         )
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (ValueError, AttributeError, LookupError, TypeError, ValidationError) as error:
         do = 'write {"user": "…"}, with "reasoning_language" and "system" if you like'
         raise JobError(ExitCode.DATA, where, "is no question", do) from error
 
@@ -146,6 +150,11 @@ def locate(model: str, adapter: Path | None, *, stop: Stop) -> tuple[Path, Path 
         JobError: 66 if there is no model, or its base can't be found by its name.
     """
     folder = Path(model)
+    if adapter is not None and any(
+        (place / "merge_report.json").exists() for place in (folder, folder / "merged")
+    ):
+        what, do = "is merged with its adapter already", "leave out --adapter, or name the base"
+        raise JobError(ExitCode.USAGE, model, what, do)
     if adapter is not None and not (adapter / "adapter_config.json").exists():
         adapter = _inside(adapter, "adapter", "adapter_config.json")
     if not folder.is_dir():

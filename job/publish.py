@@ -107,7 +107,7 @@ def lineage_of(context: Context, facts: Facts) -> dict[str, Any]:
     return {
         "run": attempt.run_id,
         "epoch": attempt.epoch,
-        "base": _source(facts.model),
+        "base": {**_source(facts.model), "weights_sha256": _weights(facts.model)},
         "data": _source(facts.data),
         "held_out": _held_out(context),
         "dataset_digest": facts.dataset.digest,
@@ -156,6 +156,11 @@ def _source(source: Source) -> dict[str, Any]:
         "license": source.license,
         "files_sha256": fingerprint(source.files),
     }
+
+
+def _weights(model: Source) -> dict[str, str]:
+    """Return the base's weights, file by file: what `lora-job merge` knows it again by."""
+    return {name: sha for name, sha in model.files.items() if name.endswith(".safetensors")}
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,10 @@ def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
         receipt = _attempt(job, where, ending, stop, progress)
         ending.receipt = receipt
     write_termination_message(ending.record)
-    log.info("run_finished", **ending.summary())
+    summary = ending.summary()
+    log.info("run_finished", **summary)
+    if "said" in summary and sys.stderr.isatty():
+        print(f"lora-job: {summary['said']}", file=sys.stderr)
     return ending.code, receipt
 
 
@@ -102,7 +106,14 @@ def _published(context: Context, store: Store) -> Receipt | None:
     if receipt is None:
         return None
     with context.stage("verify"):
-        verify(store, receipt.name, receipt.version, stop=context.stop)
+        try:
+            verify(store, receipt.name, receipt.version, stop=context.stop)
+        except JobError as error:
+            if error.code is not ExitCode.NOT_FOUND:
+                raise
+            what = f"was published as {receipt.version}, which has been deleted since"
+            do = "begin a new run of it: --run-id ANOTHER-NAME"
+            raise JobError(error.code, context.attempt.run_id, what, do) from error
         receipt = announce(context, receipt)
     log.info("run_reused", reason="published already, and read back again", uri=receipt.uri)
     return receipt
@@ -198,10 +209,20 @@ def _explain_os_error(error: OSError) -> JobError | None:
     named = str(error.filename or "a file")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return JobError(
-            ExitCode.OUT_OF_RESOURCES, named, "the disk is full", "free some space, or use --work"
+            ExitCode.OUT_OF_RESOURCES,
+            named,
+            "the disk is full",
+            "free some space, or use another folder",
+        )
+    if error.errno in (errno.ENOTDIR, errno.EISDIR):
+        return JobError(
+            ExitCode.NOT_FOUND, named, "has a file where a folder should be", "name another path"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return JobError(
-            ExitCode.NOT_ALLOWED, named, "may not be written or read", "grant it, or use --work"
+            ExitCode.NOT_ALLOWED,
+            named,
+            "may not be written or read",
+            "grant it, or use another folder",
         )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 from typing import TextIO
@@ -104,7 +105,8 @@ def _print_next(receipt: Receipt, verdict: Artifact | None, merged: bool, out: T
     question = "What is the capital of Australia?"
     if isinstance(verdict, Verdict) and verdict.answers:
         question = verdict.answers[0].user
+    program = sys.argv[0] if sys.argv[0].endswith("lora-job") else "lora-job"
     print("\nTry next", file=out)
-    print(f"  .venv/bin/lora-job fetch {store}/{receipt.name}{reference} my-adapter", file=out)
+    print(f"  {program} fetch {store}/{receipt.name}{reference} my-adapter", file=out)
     if merged:
-        print(f'  .venv/bin/lora-job generate my-adapter/merged "{question}"', file=out)
+        print(f'  {program} generate my-adapter/merged "{question}"', file=out)

@@ -100,9 +100,32 @@ def merge_folders(
     inputs = _Inputs(base=base, adapter=adapter, limits=section, stop=stop)
     # Plan first: a wrong folder is told before its gigabytes are hashed.
     make_plan(adapter, base, merge_format)
+    _require_its_base(adapter, base, stop)
     files = {p.name: _identity(p) for p in (*shard_files(base), base / "config.json")}
     mark = _fingerprint(section, sha256_file(adapter / WEIGHTS, tick=stop.check), files, "")
     return reuse(out, mark, Merged, partial(_make, inputs), stage="merge").report
+
+
+def _require_its_base(adapter: Path, base: Path, stop: Stop) -> None:
+    """Refuse another base than the one that was trained on, as far as that can be known.
+
+    The tensors of a wrong base of the same shapes add up as well as those of the right one. The
+    manifest of a fetched version, beside the adapter's folder, has the hashes of its base.
+
+    Raises:
+        JobError: 70 for a model that was merged already, or for other weights than the version's.
+    """
+    if (base / REPORT).exists():
+        what, do = "was merged already", "name the base that it was made from"
+        raise JobError(ExitCode.NOT_PROVEN, str(base), what, do)
+    manifest = adapter.resolve().parent / "manifest.json"
+    if not manifest.is_file():
+        return
+    origin = read_json(manifest).get("lineage", {}).get("base", {})
+    for name, sha256 in origin.get("weights_sha256", {}).items():
+        if not (base / name).is_file() or sha256_file(base / name, tick=stop.check) != sha256:
+            what = f"is not the base that this adapter was trained on ({origin['uri']}): {name}"
+            raise JobError(ExitCode.NOT_PROVEN, str(base), what, "name that base")
 
 
 def _identity(path: Path) -> str:

@@ -53,10 +53,28 @@ def test_a_run_ends_with_a_version_that_can_be_fetched_and_asked(
     assert main(["generate", str(tmp_path / "got" / "merged"), "Hello", *words]) == 0
     assert "analysis" in json.loads(capsys.readouterr().out)[0]
 
+    got, other = tmp_path / "got", tiny.tiny_model(tmp_path / "other", "llama", seed=1)
+    out = str(tmp_path / "out")
+    assert main(["merge", str(got / "adapter"), str(other), out]) == int(ExitCode.NOT_PROVEN)
+    assert "is not the base that this adapter was trained on" in capsys.readouterr().err
+    assert main(["merge", str(got / "adapter"), str(got / "merged"), out]) == int(
+        ExitCode.NOT_PROVEN
+    )
+    assert "was merged already" in capsys.readouterr().err
+    assert main(["merge", str(got / "adapter"), str(tmp_path / "base"), out]) == 0
+    twice = ["generate", str(got), "Hello", "--adapter", str(got / "adapter")]
+    assert main(twice) == int(ExitCode.USAGE)
+
     code, again, process = pipelines.run_job(job)
     assert (code, json.loads(again)) == (0, receipt)
     assert process.named("run_reused")
     assert not process.named("stage_finished")[1:]
+
+    for path in (tmp_path / "store" / "tiny" / "versions").glob("*/manifest.json"):
+        path.unlink()
+    code, _, process = pipelines.run_job(job)
+    assert code == int(ExitCode.NOT_FOUND)
+    assert "--run-id" in process.named("run_finished")[0]["said"]
 
 
 def test_sigterm_in_any_stage_ends_with_75_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from job.cli import EXTRAS
 from job.ending import MESSAGE_BYTES, fit
 from job.errors import TABLE, ExitCode
+from job.generate import read_prompts
 from k8s import cli
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +109,37 @@ def test_the_torch_free_modules_load_no_torch() -> None:
     imports = ", ".join(f"job.{name}" for name in names.split())
     code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert python(code=code).returncode == 0
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path through a file is the user's to mend, whichever verb meets it."""
+    (tmp_path / "file").touch()
+    assert cli.main(["storage", "probe", str(tmp_path / "file")]) == int(ExitCode.NOT_FOUND)
+    assert "has a file where a folder should be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "m", "q", "--max-new-tokens", "0"],
+        ["generate", "m", "q", "--temperature", "-1"],
+        ["generate", "m", "q", "--temperature", "nan"],
+        ["versions", "store/name", "--prune", "0"],
+    ],
+)
+def test_a_number_out_of_bounds_is_64(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A number that makes no sense is refused before anything is loaded or deleted."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == int(ExitCode.USAGE)
+    assert "must be at least" in capsys.readouterr().err
+
+
+def test_training_rows_can_be_asked(tmp_path: Path) -> None:
+    """A row with messages asks what its last user turn asks."""
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    assert [prompt.user for prompt in read_prompts(None, path)] == ["Why?"]
