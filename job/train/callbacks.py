@@ -106,7 +106,7 @@ class Life(TrainerCallback):
         self._saved = time.monotonic()
 
     def _save(self, state: Any, *, ended: bool) -> None:
-        step = state.global_step
+        began, step = time.monotonic(), state.global_step
         folder = self.folder / f"checkpoint-{step}"
         save_checkpoint(
             folder,
@@ -124,7 +124,8 @@ class Life(TrainerCallback):
         )
         self.context.attempt.save_checkpoint(folder, step)
         shutil.rmtree(folder)
-        log.info("checkpoint_saved", step=step)
+        # What a pod's grace period has to hold, with one step before it.
+        log.info("checkpoint_saved", step=step, duration_s=round(time.monotonic() - began, 2))
 
     def duration_s(self) -> float:
         """Return the seconds spent in training, over all attempts."""
