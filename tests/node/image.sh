@@ -18,7 +18,8 @@ base() {
     local root=$folder/root release mirror
     # This machine's own release, from where it gets its own packages.
     release=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | head -n 1)
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | awk 'NR == 1')
+    mirror=${mirror%/}
     say "a Debian base ($release) by debootstrap"
     rm -rf "$root"
     debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/debootstrap.log" ||
