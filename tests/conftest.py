@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import Iterator
 
@@ -30,3 +31,13 @@ def s3_root(seaweed: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for key, value in seaweed.environment().items():
         monkeypatch.setenv(key, value)
     return f"s3://{seaweed.bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """A verb called in this process listens to signals; what is forked later must not."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
