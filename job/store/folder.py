@@ -79,13 +79,16 @@ class FolderStore:
 
     def create(self, key: str, body: bytes) -> str:
         """Write ``body`` if ``key`` is absent: link() fails where a name exists already."""
-        self._retry(key, lambda: self._link(key, body))
+        # Ours for certain, whoever swaps it the next moment; only a doubt is read back.
+        if self._retry(key, lambda: self._link(key, body)):
+            return hashlib.sha256(body).hexdigest()
         found = self.get(key)
         if found is None or found.body != body:
             raise ExistsError(key)
         return found.tag
 
-    def _link(self, key: str, body: bytes) -> None:
+    def _link(self, key: str, body: bytes) -> bool:
+        """Return whether the name was made here and now."""
         path = self._path(key)
         with self._refusals(key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +99,14 @@ class FolderStore:
                     handle.flush()
                     os.fsync(handle.fileno())
                 os.chmod(name, 0o644)
+                linked = False
                 with contextlib.suppress(FileExistsError):
                     os.link(name, path)
+                    linked = True
             finally:
                 os.unlink(name)
             fsync_folder(path.parent)
+        return linked
 
     def swap(self, key: str, body: bytes, tag: str) -> str:
         """Replace the object whose tag is ``tag``, under a lock that dies with its process."""

@@ -210,3 +210,18 @@ def test_unknown_stores_are_78(uri: str) -> None:
     with pytest.raises(JobError) as caught:
         open_store(uri, stop=Stop())
     assert caught.value.code is ExitCode.CONFIG
+
+
+def test_a_creator_that_is_overtaken_still_hears_of_its_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer swaps the object just after it was created: the creation was a success."""
+    store = open_store(str(tmp_path), stop=Stop())
+    link = os.link
+
+    def overtaken(source: str, target: Path) -> None:
+        link(source, target)
+        target.write_bytes(b"two")
+
+    monkeypatch.setattr(os, "link", overtaken)
+    assert store.create("key", b"one") == hashlib.sha256(b"one").hexdigest()
