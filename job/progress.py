@@ -16,14 +16,18 @@ class Progress:
         self.last_beat = time.monotonic()
 
     def enter(self, stage: str) -> None:
-        """Begin ``stage``; figures of the one before are dropped, but for the step reached."""
+        """Begin ``stage``; figures of the one before are dropped, but for step and save_s."""
         with self._lock:
-            kept = {key: self._figures[key] for key in ("step",) if key in self._figures}
-            self._figures = {"stage": stage, **kept}
+            kept = {key: it for key, it in self._figures.items() if key in ("step", "save_s")}
+            self._figures = {**kept, "stage": stage}
             self.last_beat = time.monotonic()
 
     def update(self, **figures: Any) -> None:
-        """Say that something moved. Known figures: step, num_steps, loss, tokens_per_s, eta_s."""
+        """Say that something moved.
+
+        Known figures: step, num_steps, loss, tokens_per_s, eta_s, and save_s: what SIGTERM would
+        have to wait for, the step in flight, and a checkpoint written and uploaded.
+        """
         with self._lock:
             self._figures.update(figures)
             self.last_beat = time.monotonic()

@@ -14,12 +14,17 @@ from k8s.render import Object
 
 GIB = 1 << 30
 H100_BYTES = 80e9
+CHECKPOINTS = 3
+"""So many are in the disk estimate."""
 SPARE = 1.1
 """Over the disk estimate: logs, caches, what compilers write."""
 
 
-def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str], None]) -> None:
+def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str], None]) -> int:
     """Refuse what the run would refuse, before anything is uploaded and a GPU is asked for.
+
+    Returns:
+        Bytes of a checkpoint; 0 where that can't be told.
 
     Raises:
         JobError: the first fault of the check; 78 for a disk request that is too small.
@@ -31,7 +36,7 @@ def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str
     except ModuleNotFoundError as missing:
         extra = "pip install 'lora-job[check]'"
         say(f"data checks: left out: {missing.name} is not installed ({extra})")
-        return
+        return 0
     for tried in report["checks"]:
         if not tried["ok"]:
             _refuse_or_say(tried, say)
@@ -39,6 +44,7 @@ def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str
     total = report.get("memory", {}).get("total", 0)
     if job.device == "cuda" and total > H100_BYTES:
         say(f"memory: warning: about {total / 1e9:.0f} GB on the GPU; make batch_size less")
+    return int(report.get("disk", {}).get("checkpoints", 0)) // CHECKPOINTS
 
 
 def _refuse_or_say(tried: dict[str, Any], say: Callable[[str], None]) -> None:

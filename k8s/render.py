@@ -103,6 +103,12 @@ def _manifests(cluster: ClusterConfig) -> tuple[Object, Object]:
     return by_kind["ConfigMap"], by_kind["Job"]
 
 
+def default_grace_s(cluster: ClusterConfig) -> int:
+    """Return the grace period that the platform's manifests give a pod."""
+    _, manifest = _manifests(cluster)
+    return int(manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
+
+
 def _config_map(
     base: Object, job: JobConfig, cluster: ClusterConfig, *, name: str, text: str
 ) -> Object:

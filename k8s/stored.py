@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.stop import Stop
 
@@ -33,8 +34,12 @@ class Stored:
             return None
         last = ends[-1]
         told = next((it for it in self.exits if it.get("epoch") == last["epoch"]), None)
-        vanished = f"vanished without a word in stage {last.get('stage')}, step {last.get('step')}"
-        return told or {**last, "name": "vanished", "what": vanished}
+        place = f"in stage {last.get('stage')}, step {last.get('step')}"
+        if told is None and last.get("stopping"):
+            what = f"was asked to end {place}, and killed before its checkpoint was saved"
+            do = "raise grace_period_s, or lower train.checkpoint_every_s: less is lost then"
+            return {**last, "name": "killed", "what": what, "do": do}
+        return told or {**last, "name": "vanished", "what": f"vanished without a word {place}"}
 
 
 def impatient(call: Callable[[Stop], T], *, seconds: float = PATIENCE_S) -> T:
@@ -71,6 +76,31 @@ def read_run(uri: str, run: str, *, single_writer: bool = False) -> Stored:
         epochs = [end["epoch"] for end in head.get("ends", []) if end["code"] is not None]
         found = (_json(store, f"_runs/{run}/attempts/{epoch}/exit.json") for epoch in epochs)
         return Stored(head, tuple(it for it in found if it), head.get("receipt"))
+
+    return impatient(read)
+
+
+def measured_save_s(job: JobConfig, run: str) -> float | None:
+    """Return what the slowest save of ``run`` took, or of its name's newest version.
+
+    Raises:
+        JobError: the store can't be read from here.
+    """
+    from job.store import open_store
+    from job.store.versions import read_manifest, resolve
+
+    def read(stop: Stop) -> float | None:
+        store = open_store(job.store, stop=stop, single_writer=job.single_writer)
+        head = _json(store, f"_runs/{run}/head.json") or {}
+        if head.get("save_s"):
+            return float(head["save_s"])
+        try:
+            version = resolve(store, job.name, job.publish.channel)
+            return read_manifest(store, job.name, version).lineage.get("save_s")
+        except JobError as error:
+            if error.code is not ExitCode.NOT_FOUND:
+                raise
+            return None
 
     return impatient(read)
 

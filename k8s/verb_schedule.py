@@ -51,13 +51,14 @@ def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
     from datetime import UTC, datetime
 
     from k8s import inputs, schedule
+    from k8s.grace import with_grace
 
     stop, settings = new_stop(), settings_of(arguments)
     schedule.next_times(arguments.cron, arguments.time_zone, after=datetime.now(UTC))
     cluster = cluster_of(settings)
     schedule.schedule(
         cluster,
-        settings,
+        with_grace(job, settings, job.name, say=say),
         inputs.upload(job, stop=stop, say=say),
         cron=arguments.cron,
         time_zone=arguments.time_zone,

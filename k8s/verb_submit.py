@@ -31,16 +31,19 @@ def call(arguments: argparse.Namespace) -> int:
     """Submit a job file, and print the run's id or follow it."""
     from k8s import inputs, submit
     from k8s.checks import pod_of
+    from k8s.grace import with_grace
     from k8s.local_checks import check_locally
     from k8s.render import objects, run_name
 
     settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
-    cluster = cluster_of(settings)
+    cluster, checkpoint_bytes = cluster_of(settings), 0
     if not arguments.no_data_checks:
         _, manifest = objects(job, settings, run=run_name(job))
-        check_locally(job, pod_of([manifest]), stop=stop, say=say)
+        checkpoint_bytes = check_locally(job, pod_of([manifest]), stop=stop, say=say)
     job = inputs.upload(job, stop=stop, say=say)
     run = run_name(job, new=str(time.time_ns()) if arguments.new else None)
+    if not arguments.no_data_checks:
+        settings = with_grace(job, settings, run, say=say, checkpoint_bytes=checkpoint_bytes)
     with waiting(f"submitting {run}"):
         done = submit.submit(cluster, settings, job, run, stop=stop, say=say)
     say(f"{run}: {done.outcome}; see it: lora-job status {run} -n {cluster.namespace}")

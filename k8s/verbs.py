@@ -35,11 +35,12 @@ def add_parsers(verbs: Any) -> None:
     submit.add_argument(
         "--follow", action="store_true", help="show its log to the end; its exit code"
     )
-    submit.add_argument("--no-data-checks", action="store_true", help="ask the cluster only")
+    _offline(submit)
     _output(submit)
 
     render = _verb(verbs, "render", _render, "the objects that submit would send, as YAML")
     _files(render)
+    _offline(render)
 
     for name, call, text in (
         ("status", _status, "one screen about a run"),
@@ -105,6 +106,12 @@ def _files(parser: Any) -> None:
     _where(parser)
 
 
+def _offline(parser: Any) -> None:
+    parser.add_argument(
+        "--no-data-checks", action="store_true", help="look at the cluster only, not at the store"
+    )
+
+
 def _run(parser: Any) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--store", help="where to look once the Job is gone")
@@ -123,13 +130,17 @@ def _output(parser: Any) -> None:
 
 
 def _render(arguments: argparse.Namespace) -> int:
+    from k8s.grace import with_grace
     from k8s.inputs import local_inputs
     from k8s.render import objects, run_name, to_yaml
 
     settings, job = settings_of(arguments), load(arguments.job)
     for key, path in local_inputs(job).items():
         say(f"{key}: submit uploads {path} first, and puts its place in the store here")
-    sys.stdout.write(to_yaml(list(objects(job, settings, run=run_name(job)))))
+    run = run_name(job)
+    if not arguments.no_data_checks:
+        settings = with_grace(job, settings, run, say=say)
+    sys.stdout.write(to_yaml(list(objects(job, settings, run=run))))
     return 0
 
 

@@ -152,11 +152,11 @@ def _running(facts: Facts) -> Answer | None:
     if facts.run.state != "running":
         return None
     stage = facts.run.progress.get("stage", "start")
-    last = facts.run.last_end
-    before = (
-        f"; the attempt before ended with {last.get('code')}: {last.get('what')}" if last else ""
-    )
-    return Answer("running", f"it runs, attempt {facts.run.number}, stage {stage}{before}", "wait")
+    last = facts.run.last_end or {}
+    code = f" ended with {last['code']}:" if last.get("code") is not None else ""
+    before = f"; the attempt before{code} {last.get('what')}" if last else ""
+    do = str(last["do"]) if last.get("name") == "killed" else "wait"
+    return Answer("running", f"it runs, attempt {facts.run.number}, stage {stage}{before}", do)
 
 
 def _ending(facts: Facts) -> Answer | None:

@@ -36,23 +36,28 @@ def next_head(head: Head | None, run_id: str, owner: str, now: float) -> Head:
         _require_not_living(head, run_id, owner, now)
         if not _ended(head):
             last = head.get("progress", {})
-            add_end(head, code=None, stage=last.get("stage"), step=last.get("step"))
+            place = {"stage": last.get("stage"), "step": last.get("step")}
+            add_end(head, code=None, **place, stopping=head.get("stopping"))
         _require_progress(head, run_id, owner)
     if not head["state"].startswith("published:"):
         head["state"] = "running"
     head["seq"] += 1
     head["epoch"] += 1
-    return head | {"owner": owner, "heartbeat": now, "nonce": secrets.token_hex(8)}
+    head |= {"owner": owner, "heartbeat": now, "nonce": secrets.token_hex(8)}
+    return head | {"stopping": False}
 
 
 def _ended(head: Head) -> bool:
     return any(end["epoch"] == head["epoch"] for end in head["ends"])
 
 
-def add_end(head: Head, *, code: int | None, stage: Any, step: Any) -> None:
-    """Note how the head's own attempt ended; a ``code`` of None: it vanished without a word."""
+def add_end(head: Head, *, code: int | None, **figures: Any) -> None:
+    """Note how and where the head's own attempt ended; a ``code`` of None: without a word.
+
+    ``stopping``: it had been asked to end, and was killed before its checkpoint was durable.
+    """
     end = {"epoch": head["epoch"], "owner": head["owner"], "code": code}
-    head["ends"] = [*head["ends"], end | {"stage": stage, "step": step}][-ENDS_KEPT:]
+    head["ends"] = [*head["ends"], end | figures][-ENDS_KEPT:]
 
 
 def _require_not_living(head: Head, run_id: str, owner: str, now: float) -> None:

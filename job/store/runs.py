@@ -80,6 +80,12 @@ class Attempt:
         named = self._head["checkpoint"]
         return named["step"] if named else None
 
+    @property
+    def save_s(self) -> float:
+        """Seconds of the run's slowest save, with the step before it; 0 where none was measured."""
+        known = self._head.get("save_s"), self._progress.snapshot().get("save_s")
+        return float(max(seconds or 0.0 for seconds in known))
+
     def inputs(self, resolve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what the run's moving inputs were pinned to, by whichever attempt came first."""
         key = f"{self._root}/inputs.json"
@@ -187,19 +193,23 @@ class Attempt:
                 raise
 
     def _beat(self) -> None:
-        last, stage = self._clock(), self._progress.snapshot().get("stage")
+        last, place = self._clock(), self._place()
         store = self.store.hearing(self._ending)
         while True:
             try:
                 self._ending.wait(LOOK_S)
-                now, present = self._clock(), self._progress.snapshot().get("stage")
-                if now - last >= HEARTBEAT_S or present != stage:
+                now, present = self._clock(), self._place()
+                if now - last >= HEARTBEAT_S or present != place:
                     self._swap(store, lambda _: None)
-                    last, stage = now, present
+                    last, place = now, present
             except JobError as error:
                 if self._ending.requested or error.code is ExitCode.FENCED:
                     return
                 log.warning("heartbeat_failed", reason=str(error))
+
+    def _place(self) -> tuple[Any, bool]:
+        """Return the stage, and whether an end was asked for: what the head is told soon."""
+        return self._progress.snapshot().get("stage"), self._stop.requested
 
     def _swap(self, store: Store, change: Callable[[Head], None]) -> None:
         """Change the head as long as it is ours; each try starts from what is there."""
@@ -209,6 +219,7 @@ class Attempt:
                 change(head)
                 head["seq"] += 1
                 head.update(heartbeat=self._clock(), progress=figures_of(self._progress))
+                head.update(save_s=self.save_s, stopping=self._stop.requested)
                 try:
                     self._tag = store.swap(f"{self._root}/head.json", to_json(head), self._tag)
                 except ConflictError:

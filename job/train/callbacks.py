@@ -41,6 +41,7 @@ class Life(TrainerCallback):
     _loss: float = float("nan")
     _rate: float = 0.0
     _saved: float = 0.0
+    _step_began: float = 0.0
     _checked: set[str] = field(default_factory=set)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -51,6 +52,7 @@ class Life(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seed every generator from (seed, step), so that no state of theirs need be kept."""
+        self._step_began = time.monotonic()
         # Each rank draws its own dropout; rank 0 what a single process draws.
         rank = [self.trainer.peers.rank] if self.trainer.peers.rank else []
         mixed = np.random.SeedSequence([args.seed, state.global_step, *rank]).generate_state(1)
@@ -124,8 +126,10 @@ class Life(TrainerCallback):
         )
         self.context.attempt.save_checkpoint(folder, step)
         shutil.rmtree(folder)
-        # What a pod's grace period has to hold, with one step before it.
-        log.info("checkpoint_saved", step=step, duration_s=round(time.monotonic() - began, 2))
+        now = time.monotonic()
+        log.info("checkpoint_saved", step=step, duration_s=round(now - began, 2))
+        # SIGTERM is heard when the step in flight is over: this is what a grace period has to hold.
+        self.context.progress.update(save_s=round(now - self._step_began, 2))
 
     def duration_s(self) -> float:
         """Return the seconds spent in training, over all attempts."""

@@ -429,6 +429,7 @@ def test_progress_and_history_have_the_figures(bed):
     shown = bed.context.progress.snapshot()
     assert {"step": 4, "num_steps": 4}.items() <= shown.items()
     assert {"loss", "tokens_per_s", "eta_s"} <= shown.keys()
+    assert shown["save_s"] > 0
     line = read_history(bed.context.work / "train" / "history.jsonl")[-1]
     assert {"step", "loss", "learning_rate", "grad_norm", "padding", "memory_gb"} <= line.keys()
     assert 0 <= line["padding"] < 1

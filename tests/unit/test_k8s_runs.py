@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from k8s.facts import Facts
 from k8s.runs import assemble
 from k8s.status import print_list, print_status, span
 from k8s.stored import Stored, impatient
+from k8s.why import why
 
 Object = dict[str, Any]
 
@@ -211,3 +214,15 @@ def test_an_attempt_that_vanished_is_not_explained_by_the_one_before() -> None:
     run = assemble(RUN, None, [], Stored({**HEAD, "ends": ends}, (FIRST_END,)), now=START)
     assert run.last_end is not None
     assert run.last_end["what"] == "vanished without a word in stage merge, step 120"
+
+
+def test_an_attempt_killed_while_it_was_saving_names_its_grace_period() -> None:
+    """It had been asked to end, and there was no last word: SIGKILL came first."""
+    end = {"epoch": 2, "code": None, "stage": "train", "step": 50, "stopping": True}
+    run = assemble(RUN, None, [], Stored({**HEAD, "ends": [end]}), now=START)
+    assert run.last_end is not None
+    assert run.last_end["what"].startswith("was asked to end in stage train, step 50, and killed")
+    assert "grace_period_s" in run.last_end["do"]
+    answer = why(Facts(replace(run, state="running"), job=_job()))
+    assert "the attempt before was asked to end" in answer.what
+    assert "grace_period_s" in answer.do
