@@ -29,18 +29,22 @@ def until(
         CutError: the server stayed away.
         JobError: what the server refuses.
     """
-    pause, waited = 0.5, 0.0
+    pause, away_left, forgetful_left = 0.5, away_s, FORGETFUL_S if allowed_before else 0.0
     while True:
         try:
             return call()
-        except JobError as error:
-            away = isinstance(error, CutError)
-            allowed_before = allowed_before or away
-            forgetful = allowed_before and error.code is ExitCode.NOT_ALLOWED
-            if not (away and waited < away_s) and not (forgetful and waited < FORGETFUL_S):
+        except CutError:
+            if away_left <= 0:
                 raise
-            wait(pause)
-            waited, pause = waited + pause, min(10.0, pause * 2)
+            away_left -= pause
+            # However long it was away: its half minute begins when it answers.
+            forgetful_left = FORGETFUL_S
+        except JobError as error:
+            if error.code is not ExitCode.NOT_ALLOWED or forgetful_left <= 0:
+                raise
+            forgetful_left -= pause
+        wait(pause)
+        pause = min(10.0, pause * 2)
 
 
 def changes(

@@ -31,6 +31,8 @@ def test_a_server_that_is_away_is_asked_again_and_may_forget_roles_at_first() ->
     pauses: list[float] = []
     assert until(_answers(CUT, CUT, FORBIDDEN, "there"), wait=pauses.append) == "there"
     assert len(pauses) == 3
+    # However long it was away.
+    assert until(_answers(*[CUT] * 12, FORBIDDEN, "there"), wait=pauses.append) == "there"
     answers = _answers(FORBIDDEN, "there")
     assert until(answers, wait=pauses.append, allowed_before=True) == "there"
 
