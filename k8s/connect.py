@@ -40,14 +40,14 @@ def connect(*, context: str | None = None, namespace: str | None = None) -> Clus
                     client_configuration=configuration,
                     persist_config=False,
                 )
-            namespace = namespace or _namespace_of(paths, context)
+            by_itself = _namespace_of(paths, context)
         else:
-            namespace = namespace or _in_cluster(configuration)
+            by_itself = _in_cluster(configuration)
     except (ConfigException, OSError, ValueError) as error:
         what = f"its credentials can't be had: {' '.join(str(error).split())[:300]}"
         do = "log in again, or install the credential plugin it names"
         raise JobError(ExitCode.NOT_ALLOWED, "kubeconfig", what, do) from error
-    return Cluster(ApiClient(configuration), namespace or "lora-job")
+    return Cluster(ApiClient(configuration), namespace or by_itself or "lora-job")
 
 
 class _Heard(logging.Handler):
@@ -115,9 +115,9 @@ def _namespace_of(paths: list[Path], context: str | None) -> str | None:
     return None
 
 
-def _in_cluster(configuration: Any) -> str:
+def _in_cluster(configuration: Any) -> str | None:
     from kubernetes.config.incluster_config import load_incluster_config
 
     load_incluster_config(client_configuration=configuration)
     account = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-    return account.read_text(encoding="utf-8").strip() if account.is_file() else "lora-job"
+    return account.read_text(encoding="utf-8").strip() if account.is_file() else None
