@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from job.errors import ExitCode, JobError
 
 
@@ -55,3 +58,15 @@ def raise_refusal(
     if status in (429, 500, 502, 503, 504) or (status == 400 and "log" in where):
         raise CutError(where, message)
     raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
+
+
+@contextlib.contextmanager
+def cut_is_told(host: str) -> Iterator[None]:
+    """Turn the ways in which a server can't be reached, or goes away, into a CutError."""
+    import urllib3
+
+    try:
+        yield
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise CutError(host, f"can't be reached: {str(reason).split(': ', 1)[-1]}") from error

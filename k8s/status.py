@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
-from k8s.cluster import TABLE, Cluster
+from k8s.cluster import Cluster
 from k8s.render import SELECTOR, Object
 from k8s.runs import Run, assemble, observe, seconds, utc
 from k8s.stored import Stored
@@ -85,21 +84,11 @@ def _channel(receipt: dict[str, Any]) -> str:
 
 
 def list_runs(cluster: Cluster, *, selector: str | None, limit: int) -> list[Run]:
-    """Return the newest runs, newest first.
-
-    Thousands of whole Jobs would be tens of megabytes; the server is asked for its table of them
-    (names and times), and then for the newest few alone.
-    """
+    """Return the newest runs, newest first."""
     labels = ",".join(filter(None, (SELECTOR, selector)))
-    query = {"labelSelector": labels, "includeObject": "Metadata"}
-    newest: list[tuple[str, str]] = []
-    for rows in cluster.pages("Job", accept=TABLE, **query):
-        metas = (row["object"]["metadata"] for row in rows)
-        born = [(meta["creationTimestamp"], meta["name"]) for meta in metas]
-        # A page at a time is held, whatever their number.
-        newest = heapq.nlargest(limit, newest + born)
+    newest = cluster.newest("Job", limit, labelSelector=labels)
     with ThreadPoolExecutor(8) as pool:  # two requests a run, over what may be a long way
-        runs = pool.map(lambda born: _light(cluster, born[1]), newest)
+        runs = pool.map(lambda name: _light(cluster, name), newest)
         return [run for run in runs if run is not None]
 
 

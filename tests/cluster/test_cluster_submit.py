@@ -184,6 +184,21 @@ def test_status_why_and_list_tell_a_runs_life(me: Person, controllers: ControlPl
     assert "row 3 is bad" in err
 
 
+def test_list_finds_the_newest_over_several_pages(
+    me: Person, controllers: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sends them by name, a page at a time; the newest come first."""
+    monkeypatch.setattr("k8s.cluster.PAGE", 2)
+    for _ in range(3):
+        me.submits("--new")
+    born = [
+        (job["metadata"]["creationTimestamp"], job["metadata"]["name"])
+        for job in jobs(controllers, me.namespace)
+    ]
+    listed = json.loads(me.types("list", "--limit", "2", "--output", "json")[1])
+    assert [run["name"] for run in listed] == [name for _, name in sorted(born)[:0:-1]]
+
+
 def test_a_second_gpu_job_waits_and_why_names_the_first(
     me: Person, controllers: ControlPlane
 ) -> None:
