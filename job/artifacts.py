@@ -135,6 +135,8 @@ class Receipt(BaseModel):
     version: str
     uri: str
     """Folder of the version: ``<root>/<name>/versions/<version>``."""
+    published: str
+    """When, in UTC."""
     adapter_sha256: str
     manifest_sha256: str
     size_bytes: int

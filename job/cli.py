@@ -195,12 +195,12 @@ def _run(arguments: argparse.Namespace) -> int:
         run_id=arguments.run_id or environment.get("LORA_JOB_RUN_ID"),
         owner=environment.get("LORA_JOB_OWNER"),
     )
-    code, receipt = run(arguments.job, where)
-    if receipt is not None and arguments.output == "json":
-        _print(receipt.model_dump(mode="json"))
-    elif receipt is not None:
-        print_summary(receipt, where.work, sys.stdout)
-    return code
+    ending = run(arguments.job, where)
+    if ending.receipt is not None and arguments.output == "json":
+        _print(ending.receipt.model_dump(mode="json"))
+    elif ending.receipt is not None:
+        print_summary(ending.receipt, where.work, sys.stdout, reused=ending.reused)
+    return ending.code
 
 
 def _merge(arguments: argparse.Namespace) -> int:

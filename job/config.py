@@ -127,13 +127,13 @@ class DataSection(Section):
 
     _source = field_validator("source")(_known_source)
 
-    @field_validator("held_out")
+    @field_validator("held_out", mode="before")
     @classmethod
-    def _share_or_source(cls, value: float | str | None) -> float | str | None:
+    def _share_or_source(cls, value: Any) -> Any:
         if isinstance(value, str):
             return _known_source(value)
-        if value is not None and not 0 < value < 1:
-            raise ValueError("must be a share between 0 and 1, or a source")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < 1):
+            raise ValueError(f"must be a share between 0 and 1, or a source, got {value!r}")
         return value
 
 
@@ -151,6 +151,14 @@ class LoraSection(Section):
     use_rslora: bool = False
     expert_forward: Literal["grouped", "fold"] = "grouped"
     """Adapters of experts in training: beside the experts, or folded into a copy of them (PEFT)."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: Any) -> Any:
+        named = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if value != "all-linear" and not named:
+            raise ValueError(f"must be all-linear or a list of names, got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _no_dropout_on_parameters(self) -> LoraSection:

@@ -35,6 +35,8 @@ class Ending:
     began: float
     attempt: Attempt | None = None
     receipt: Receipt | None = None
+    reused: bool = False
+    """The run was published before, and this attempt only verified it again."""
     code: int = BUG
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +66,7 @@ class Ending:
             "code": self.code,
             "name": name_of(self.code),
             "where": error.where if error else "run",
-            "what": error.what if error else "published, read back and proven",
+            "what": error.what if error else self._well(),
             "do": error.do if error else "",
             "stage": figures.get("stage"),
             "step": figures.get("step"),
@@ -79,6 +81,11 @@ class Ending:
             self.attempt.end(self.record)
         except JobError as lost:
             log.warning("ending_not_stored", reason=str(lost))
+
+    def _well(self) -> str:
+        if self.receipt is not None and self.reused:
+            return f"published at {self.receipt.published}, verified again; nothing was trained"
+        return "published, read back and proven"
 
     def summary(self) -> dict[str, Any]:
         """Return the canonical last log line's fields."""

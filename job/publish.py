@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def publish(
             name=job.name,
             version=version,
             uri=f"{attempt.store.uri}/{version_folder(job.name, version)}",
+            published=datetime.now(UTC).isoformat(timespec="seconds"),
             adapter_sha256=adapter.sha256,
             manifest_sha256=manifest.sha256,
             size_bytes=manifest.size_bytes,
@@ -119,6 +121,7 @@ def lineage_of(context: Context, facts: Facts) -> dict[str, Any]:
         "steps": [adapter.steps, adapter.planned_steps],
         "num_tokens": adapter.num_tokens,
         "final_loss": adapter.final_loss,
+        "save_s": attempt.save_s,
         "held_out_loss": [
             facts.verdict.held_out_loss_before,
             facts.verdict.held_out_loss_after,

@@ -24,9 +24,8 @@ from job.ending import Ending, write_termination_message
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.shipping import shipped_log
-from job.stop import Stop, install_signals, preempted
+from job.stop import Stop, install_signals
 from job.store import open_store
-from job.store.base import Store
 from job.store.probe import require_conditions
 from job.store.runs import take
 from job.watchdog import watched
@@ -47,8 +46,8 @@ class Where:
     """The Job's uid in a cluster; by itself whoever holds the lock on the work folder."""
 
 
-def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
-    """Run one attempt of ``job_path`` to its end, and return the exit code and the Receipt.
+def run(job_path: Path, where: Where) -> Ending:
+    """Run one attempt of ``job_path`` to its end, and return how it ended.
 
     Nothing but a bug is raised: every JobError becomes its code, is logged in one line, and is
     written to the store (if the run was taken) and to the termination message.
@@ -57,19 +56,17 @@ def run(job_path: Path, where: Where) -> tuple[int, Receipt | None]:
     install_signals(stop)
     ending = Ending(run_id=where.run_id or job_path.stem, began=time.time())
     logs.configure()
-    receipt: Receipt | None = None
     with ending.recorded(progress):
         job = load_job(job_path)
         ending.run_id = where.run_id or job.run_name
         structlog.contextvars.bind_contextvars(run_id=ending.run_id)
-        receipt = _attempt(job, where, ending, stop, progress)
-        ending.receipt = receipt
+        ending.receipt = _attempt(job, where, ending, stop, progress)
     write_termination_message(ending.record)
     summary = ending.summary()
     log.info("run_finished", **summary)
     if "said" in summary and sys.stderr.isatty():
         print(f"lora-job: {summary['said']}", file=sys.stderr)
-    return ending.code, receipt
+    return ending
 
 
 def _attempt(
@@ -94,10 +91,12 @@ def _attempt(
             job=job, work=work, cache=where.cache, attempt=attempt, stop=stop, progress=progress
         )
         with shipped_log(attempt, work), watched(context, ending):
-            return _published(context, store) or _pipeline(context)
+            receipt = _published(context)
+            ending.reused = receipt is not None
+            return receipt or _pipeline(context)
 
 
-def _published(context: Context, store: Store) -> Receipt | None:
+def _published(context: Context) -> Receipt | None:
     """Return the Receipt of a run that is published already, once its bytes are verified again."""
     from job.publish import announce
     from job.store.versions import verify
@@ -107,7 +106,7 @@ def _published(context: Context, store: Store) -> Receipt | None:
         return None
     with context.stage("verify"):
         try:
-            verify(store, receipt.name, receipt.version, stop=context.stop)
+            verify(context.attempt.store, receipt.name, receipt.version, stop=context.stop)
         except JobError as error:
             if error.code is not ExitCode.NOT_FOUND:
                 raise
@@ -193,8 +192,6 @@ def explain(error: BaseException) -> JobError | None:
     """
     if isinstance(error, JobError):
         return error
-    if isinstance(error, KeyboardInterrupt):
-        return preempted("SIGINT")
     if isinstance(error, MemoryError):
         return JobError(
             ExitCode.OUT_OF_RESOURCES,

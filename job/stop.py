@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 
 from job.errors import ExitCode, JobError
+
+GIVEN_UP = 130
+"""What a shell calls the end by SIGINT."""
 
 
 class Stop:
@@ -54,12 +58,26 @@ def preempted(signal_name: str) -> JobError:
 
 
 def install_signals(stop: Stop) -> None:
-    """Make SIGTERM, SIGINT and SIGHUP ask ``stop`` for the end; a second SIGINT kills at once."""
+    """Make SIGTERM, SIGINT and SIGHUP ask ``stop`` for the end, saved, with 75.
+
+    A second Ctrl-C does not disturb the saving; a third ends the process at once, with 130.
+    """
+    num_interrupts = 0
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.requested:
-            raise KeyboardInterrupt
+        nonlocal num_interrupts
+        num_interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and num_interrupts == 2:
+            _say("saving, then ending; Ctrl-C once more to give up")
+        elif number == signal.SIGINT and num_interrupts > 2:
+            _say("given up; the next run goes on from the last checkpoint that was saved")
+            os._exit(GIVEN_UP)
         stop.request(preempted(signal.Signals(number).name))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, handle)
+
+
+def _say(words: str) -> None:
+    # Not print: the handler may have come in the middle of one.
+    os.write(2, f"lora-job: {words}\n".encode())

@@ -5,32 +5,30 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from job.artifacts import Adapter, Answer, Artifact, Merged, Receipt, Verdict
 
+A = TypeVar("A", bound=Artifact)
 WIDTH = 96
+ANOTHER = "for another run of it, change the job file or give --run-id ANOTHER-NAME"
 
 
-def print_summary(receipt: Receipt, work: Path, out: TextIO) -> None:
-    """Print losses, answers, the proof, where the version is, and what to try next."""
+def print_summary(receipt: Receipt, work: Path, out: TextIO, *, reused: bool) -> None:
+    """Print losses, answers, the proof, where the version is, and what to try next.
+
+    Of a run that was published before (``reused``) no figures: they would pass for new ones.
+    """
     folder = work.resolve() / receipt.run
-    verdict = _read(folder / "judge", Verdict)
-    adapter = _read(folder / "train", Adapter)
-    merged = _read(folder / "merge", Merged)
+    verdict, merged = _read(folder / "judge", Verdict), _read(folder / "merge", Merged)
     print(file=out)
-    if isinstance(adapter, Adapter):
-        _row(
-            out,
-            "Trained",
-            f"{adapter.num_tokens:,} tokens in {adapter.steps} steps, "
-            f"{adapter.duration_s:.0f} s, {adapter.tokens_per_s:.0f} tokens/s",
-        )
-    if isinstance(verdict, Verdict):
-        _print_verdict(verdict, out)
-    if isinstance(merged, Merged):
-        _row(out, "Merged", _proof(merged))
-    _row(out, "Published", f"{receipt.uri}, read back and verified")
+    if reused:
+        words = f"at {receipt.published}, verified again now; nothing was trained; {ANOTHER}"
+        _row(out, "Published", words)
+        _row(out, "Version", receipt.uri)
+    else:
+        _print_figures(_read(folder / "train", Adapter), verdict, merged, out)
+        _row(out, "Published", f"{receipt.uri}, read back and verified")
     if receipt.channel:
         _row(out, "Channel", f"{receipt.channel}: {receipt.channel_state}")
     for repository, commit in receipt.hub.items():
@@ -38,35 +36,39 @@ def print_summary(receipt: Receipt, work: Path, out: TextIO) -> None:
     _print_next(receipt, verdict, merged is not None, out)
 
 
-def _read(folder: Path, kind: type[Artifact]) -> Artifact | None:
+def _read(folder: Path, kind: type[A]) -> A | None:
     path = folder / "artifact.json"
     return kind.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 def _row(out: TextIO, head: str, text: str) -> None:
-    indent = " " * 16
-    print(
-        textwrap.fill(
-            text,
-            WIDTH,
-            initial_indent=f"{head:<16}",
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        ),
-        file=out,
-    )
+    _fill(out, text, f"{head:<16}")
+
+
+def _fill(out: TextIO, text: str, head: str) -> None:
+    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = head, " " * len(head)
+    print(wrapper.fill(text), file=out)
+
+
+def _print_figures(
+    adapter: Adapter | None, verdict: Verdict | None, merged: Merged | None, out: TextIO
+) -> None:
+    if adapter is not None:
+        trained = f"{adapter.num_tokens:,} tokens in {adapter.steps} steps"
+        speed = f"{adapter.duration_s:.0f} s, {adapter.tokens_per_s:.0f} tokens/s"
+        _row(out, "Trained", f"{trained}, {speed}")
+    if verdict is not None:
+        _print_verdict(verdict, out)
+    if merged is not None:
+        _row(out, "Merged", _proof(merged))
 
 
 def _print_verdict(verdict: Verdict, out: TextIO) -> None:
     before, after = verdict.held_out_loss_before, verdict.held_out_loss_after
     if before is not None and after is not None:
-        _row(
-            out,
-            "Held-out loss",
-            f"before {before:.3f}   after {after:.3f}   "
-            f"({after - before:+.3f} nats per token, {verdict.num_held_out_tokens:,} tokens)",
-        )
+        change = f"{after - before:+.3f} nats per token, {verdict.num_held_out_tokens:,} tokens"
+        _row(out, "Held-out loss", f"before {before:.3f}   after {after:.3f}   ({change})")
     for answer in verdict.answers:
         _print_answer(answer, out)
     print(file=out)
@@ -76,17 +78,11 @@ def _print_answer(answer: Answer, out: TextIO) -> None:
     language = f"  [reason in {answer.reasoning_language}]" if answer.reasoning_language else ""
     print(f"\nQ: {answer.user}{language}", file=out)
     for head, analysis, text in (
-        ("before", answer.analysis_before, answer.before),
-        ("after", answer.analysis_after, answer.after),
+        ("  before: ", answer.analysis_before, answer.before),
+        ("  after:  ", answer.analysis_after, answer.after),
     ):
         said = f"({' '.join(analysis.split())}) {text}" if analysis else text
-        shown = textwrap.shorten(said or "(nothing)", 320, placeholder=" …")
-        print(
-            textwrap.fill(
-                shown, WIDTH, initial_indent=f"  {head + ':':<8}", subsequent_indent=" " * 10
-            ),
-            file=out,
-        )
+        _fill(out, textwrap.shorten(said or "(nothing)", 320, placeholder=" …"), head)
 
 
 def _proof(merged: Merged) -> str:
@@ -99,14 +95,11 @@ def _proof(merged: Merged) -> str:
     return text
 
 
-def _print_next(receipt: Receipt, verdict: Artifact | None, merged: bool, out: TextIO) -> None:
+def _print_next(receipt: Receipt, verdict: Verdict | None, merged: bool, out: TextIO) -> None:
     store = receipt.uri.split(f"/{receipt.name}/versions/")[0]
-    reference = f"@{receipt.channel}" if receipt.channel else f"@{receipt.version}"
-    question = "What is the capital of Australia?"
-    if isinstance(verdict, Verdict) and verdict.answers:
-        question = verdict.answers[0].user
+    asked = verdict.answers[0].user if verdict and verdict.answers else "What is a LoRA adapter?"
     program = sys.argv[0] if sys.argv[0].endswith("lora-job") else "lora-job"
-    print("\nTry next", file=out)
-    print(f"  {program} fetch {store}/{receipt.name}{reference} my-adapter", file=out)
+    spec = f"{store}/{receipt.name}@{receipt.channel or receipt.version}"
+    print(f"\nTry next\n  {program} fetch {spec} my-adapter", file=out)
     if merged:
-        print(f'  {program} generate my-adapter/merged "{question}"', file=out)
+        print(f'  {program} generate my-adapter/merged "{asked}"', file=out)

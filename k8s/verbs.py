@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from job.errors import ExitCode
+from job.errors import ExitCode, JobError
 from k8s import verb_schedule, verb_submit
 from k8s.terminal import (
     cluster_of,
@@ -23,6 +23,9 @@ from k8s.terminal import (
     wants_json,
     write_line,
 )
+
+if TYPE_CHECKING:
+    from k8s.runs import Run
 
 BESIDE = "by itself cluster.yaml beside the job file"
 
@@ -145,13 +148,29 @@ def _render(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from k8s.runs import find
     from k8s.status import print_status
 
     now = time.time()
-    run = find(open_cluster(arguments), arguments.run, store=arguments.store, now=now)
+    run = _found(arguments, now)
     print_json(run.as_json()) if wants_json(arguments) else print_status(run, sys.stdout, now=now)
     return 0
+
+
+def _found(arguments: argparse.Namespace, now: float) -> Run:
+    from k8s.runs import assemble, find
+    from k8s.stored import read_run
+
+    try:
+        cluster = open_cluster(arguments)
+    except JobError as error:
+        # Without a kubeconfig, a store that was named can still tell.
+        if error.code is not ExitCode.NOT_FOUND or arguments.store is None:
+            raise
+        stored = read_run(arguments.store, arguments.run)
+        if not stored.head:
+            raise
+        return assemble(arguments.run, None, [], stored, now=now)
+    return find(cluster, arguments.run, store=arguments.store, now=now)
 
 
 def _why(arguments: argparse.Namespace) -> int:

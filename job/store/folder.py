@@ -205,6 +205,9 @@ class FolderStore:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield every file below ``prefix`` (which ends where a name ends, or with a slash)."""
+        if not self.root.is_dir():
+            what, do = "there is no such store", "mend its name, or publish something first"
+            raise JobError(ExitCode.NOT_FOUND, self.uri, what, do)
         start = self._path(prefix.rstrip("/")) if prefix.rstrip("/") else self.root
         for parent, folders, names in os.walk(start):
             folders[:] = sorted(name for name in folders if not name.startswith("."))

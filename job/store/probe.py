@@ -45,14 +45,12 @@ def probe(store: Store) -> list[Finding]:
         (f"{WRITERS} swaps at once, one wins", "two attempts at once", _race_to_swap),
         ("delete", "prune, checkpoints", _deleted),
     ]
-    try:
-        findings = []
-        for number, (check, needed, try_it) in enumerate(checks):
-            detail = try_it(store, f"{place}/{number}")
-            findings.append(Finding(check, not detail, needed, detail))
-        return findings
-    finally:
-        store.delete([entry.key for entry in store.list(f"{place}/")])
+    findings = []
+    for number, (check, needed, try_it) in enumerate(checks):
+        detail = try_it(store, f"{place}/{number}")
+        findings.append(Finding(check, not detail, needed, detail))
+    store.delete([entry.key for entry in store.list(f"{place}/")])
+    return findings
 
 
 def require_conditions(store: Store, *, single_writer: bool = False) -> None:

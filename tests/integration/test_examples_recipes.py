@@ -138,10 +138,10 @@ def test_a_small_recipe_runs_to_a_proven_version(
     job = _small(name, tiny.tiny_model(tmp_path / "model", arch, **how), tmp_path)
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job.model_dump(mode="json"), allow_unicode=True))
-    code, receipt = run(path, Where(work=tmp_path / "work"))
-    assert code == 0
-    assert receipt is not None
-    _check_version(job, receipt, tmp_path)
+    ending = run(path, Where(work=tmp_path / "work"))
+    assert ending.code == 0
+    assert ending.receipt is not None
+    _check_version(job, ending.receipt, tmp_path)
 
 
 def _small(name: str, model: Path, folder: Path) -> JobConfig:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from k8s.facts import Facts
 from k8s.runs import assemble
 from k8s.status import print_list, print_status, span
@@ -168,8 +170,6 @@ def test_spans_are_said_as_people_say_them() -> None:
 
 def test_a_store_that_does_not_answer_is_given_up_soon() -> None:
     """The store's own 20 minutes of retries are not a person's."""
-    import pytest
-
     from job.errors import JobError
 
     with pytest.raises(JobError) as caught:
@@ -226,3 +226,19 @@ def test_an_attempt_killed_while_it_was_saving_names_its_grace_period() -> None:
     answer = why(Facts(replace(run, state="running"), job=_job()))
     assert "the attempt before was asked to end" in answer.what
     assert "grace_period_s" in answer.do
+
+
+def test_status_needs_no_kubeconfig_if_the_store_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Job is gone, and so may be the cluster: the store remembers the run; 66 without it."""
+    from k8s import cli
+
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    (tmp_path / "_runs" / RUN).mkdir(parents=True)
+    (tmp_path / "_runs" / RUN / "head.json").write_text(json.dumps({**HEAD, "state": "ended"}))
+    words = ["status", RUN, "--store"]
+    assert cli.main([*words, str(tmp_path), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == RUN
+    assert cli.main([*words, str(tmp_path / "another")]) == 66
+    assert "there is no kubeconfig" in capsys.readouterr().err

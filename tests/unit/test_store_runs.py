@@ -197,6 +197,31 @@ def test_five_attempts_without_a_newer_checkpoint_are_the_end(bench: Bench, tmp_
     assert bench.take("a new Job").epoch == 11
 
 
+def test_the_head_keeps_the_slowest_save_of_all_attempts(bench: Bench, tmp_path: Path) -> None:
+    """It is what submit makes a pod's grace period of."""
+    first = bench.take()
+    for step, save_s in ((1, 40.0), (2, 12.0)):
+        first._progress.update(save_s=save_s)
+        first.save_checkpoint(a_checkpoint(tmp_path / "c", str(step)), step)
+    first.end(record(75))
+    second = bench.take()
+    second._progress.update(save_s=30.0)
+    second._progress.enter("merge")
+    second.end(record(75))
+    assert bench.head()["save_s"] == bench.take().save_s == 40.0
+
+
+def test_an_attempt_killed_while_it_was_saving_is_told_apart(bench: Bench) -> None:
+    """The head hears of the signal; without a last word after it, the grace was too short."""
+    attempt = bench.take(stage="train", step=7)
+    attempt._stop.request(preempted("SIGTERM"))
+    wait_for(lambda: bench.head()["stopping"])
+    bench.take()
+    assert bench.head()["ends"][-1]["stopping"] is True
+    bench.take()
+    assert bench.head()["ends"][-1]["stopping"] is False
+
+
 def test_two_that_vanish_at_the_same_place_are_the_end(bench: Bench) -> None:
     """Two attempts that end without a word at one stage and step are 72, and memory is named."""
     for _ in range(2):
@@ -338,7 +363,7 @@ def test_pickles_never_become_checkpoints(bench: Bench, tmp_path: Path) -> None:
 
 def a_receipt(**more: Any) -> Receipt:
     fields = {"run": RUN, "name": "demo", "version": "v", "uri": "u", "adapter_sha256": "a"}
-    return Receipt(**fields, manifest_sha256="m", size_bytes=1, **more)
+    return Receipt(**fields, manifest_sha256="m", size_bytes=1, published="", **more)
 
 
 def test_a_published_run_is_known_as_such(bench: Bench) -> None:

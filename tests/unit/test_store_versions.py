@@ -287,3 +287,11 @@ def test_hostile_channels_are_70(attempt: Attempt) -> None:
         attempt.store.put(f"{NAME}/channels/nightly.json", body)
         call = lambda: resolve(attempt.store, NAME, "nightly")  # noqa: E731
         assert code_of(call) is ExitCode.NOT_PROVEN
+
+
+def test_a_store_that_is_not_there_is_66(tmp_path: Path) -> None:
+    """A mistyped folder is not a store in which nothing is published."""
+    with pytest.raises(JobError) as caught:
+        list_or_prune(f"{tmp_path}/typo/name", keep=None, stop=Stop())
+    assert caught.value.code is ExitCode.NOT_FOUND
+    assert "there is no such store" in str(caught.value)

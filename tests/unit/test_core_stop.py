@@ -1,0 +1,61 @@
+"""Signals: the first saves, and an impatient person is not kept."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+CODE = """
+import sys
+from job.stop import Stop, install_signals
+stop = Stop()
+install_signals(stop)
+print("ready", flush=True)
+for _ in sys.stdin:
+    print(stop.requested, flush=True)
+"""
+
+
+@contextmanager
+def listening() -> Iterator["subprocess.Popen[str]"]:
+    """A process that is asked to end and takes its time; it answers each line."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", CODE]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def is_asked(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
+    """Send a signal, and return whether the process goes on and knows that it should end."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.send_signal(number)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline() == "True\n"
+
+
+def test_the_third_ctrl_c_ends_at_once_with_130() -> None:
+    """The first asks for the end, the second says that it saves, the third is obeyed."""
+    with listening() as process:
+        assert is_asked(process, signal.SIGINT)
+        assert is_asked(process, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.wait() == 130
+        saving, given_up = process.stderr.read().splitlines()
+    assert "saving, then ending; Ctrl-C once more" in saving
+    assert "given up" in given_up
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_may_come_as_often_as_they_like(number: signal.Signals) -> None:
+    """A kubelet's signals ask for the end, and never cut the saving short."""
+    with listening() as process:
+        assert all(is_asked(process, number) for _ in range(4))
