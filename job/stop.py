@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from types import FrameType
 
 from job.errors import ExitCode, JobError
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GIVEN_UP = 130
 """What a shell calls the end by SIGINT."""
 
@@ -74,8 +76,10 @@ def install_signals(stop: Stop) -> None:
             os._exit(GIVEN_UP)
         stop.request(preempted(signal.Signals(number).name))
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, handle)
+    # A dying interpreter gives signals their own meaning back: the exit code would be lost.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
 
 
 def _say(words: str) -> None:

@@ -9,13 +9,20 @@ from contextlib import contextmanager
 import pytest
 
 CODE = """
-import sys
+import os, sys
 from job.stop import Stop, install_signals
+class Late:
+    def __del__(self, read=os.read, write=os.write):
+        write(1, b"late\\n")
+        read(0, 1)
+late = Late()
 stop = Stop()
 install_signals(stop)
 print("ready", flush=True)
-for _ in sys.stdin:
+for line in sys.stdin:
     print(stop.requested, flush=True)
+    if line == "end\\n":
+        sys.exit(75)
 """
 
 
@@ -31,13 +38,17 @@ def listening() -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
+def say(process: "subprocess.Popen[str]", line: str = "\n") -> None:
+    assert process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.flush()
+
+
 def is_asked(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
     """Send a signal, and return whether the process goes on and knows that it should end."""
-    assert process.stdin is not None
     assert process.stdout is not None
     process.send_signal(number)
-    process.stdin.write("\n")
-    process.stdin.flush()
+    say(process)
     return process.stdout.readline() == "True\n"
 
 
@@ -59,3 +70,17 @@ def test_other_signals_may_come_as_often_as_they_like(number: signal.Signals) ->
     """A kubelet's signals ask for the end, and never cut the saving short."""
     with listening() as process:
         assert all(is_asked(process, number) for _ in range(4))
+
+
+def test_a_signal_in_the_last_moment_does_not_change_the_code() -> None:
+    """While the interpreter takes itself down, the code that was decided stays."""
+    with listening() as process:
+        assert process.stdout is not None
+        assert is_asked(process, signal.SIGINT)
+        say(process, "end\n")
+        assert process.stdout.readline() == "True\n"
+        assert process.stdout.readline() == "late\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        say(process)
+        assert process.wait() == 75
