@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 Action = Literal["complete", "fail", "count", "ignore"]
 
@@ -82,6 +82,9 @@ class JobError(Exception):
         self.where = where
         self.what = what
         self.do = do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JobError, (self.code, self.where, self.what, self.do)  # from a worker process
 
 
 def name_of(code: int) -> str:

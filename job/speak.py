@@ -137,7 +137,7 @@ class Speaker:
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens; what looks like a control token in it is plain text."""
         hidden, slots = Hidden(self.encoder.special_tokens), list[str]()
-        messages = [hidden.hide(message, slots) for message in messages_of(prompt)]
+        messages = hidden.messages(messages_of(prompt), slots)
         try:
             text = (
                 self.template.render(messages, generation=True)

@@ -72,7 +72,7 @@ class Prepared:
 
     def texts(self, name: str = "train") -> list[tuple[str, str]]:
         """Return each row as (everything, what is trained on), control tokens shown."""
-        tokenizer = self.encoder._tokenizer
+        tokenizer = self.encoder.tokenizer
         rows = self.rows(name)
         return [
             (

@@ -6,15 +6,13 @@ number and its fault, in place of its value; what is wrong with a whole file end
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
-import gzip
-import itertools
 import json
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +21,8 @@ from typing import IO, Any
 from job.artifacts import Source
 from job.errors import ExitCode, JobError
 
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet",
+         ".csv": "csv"}  # fmt: skip
 PACKED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 # What the Hub and `datasets` put beside data.
 ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -68,13 +61,11 @@ def data_files(source: Source, *, held_out: bool = False) -> list[str]:
             "has no data file",
             f"give one of {', '.join(KINDS)}, each plain, .gz or .zst",
         )
-    if len(names) == 1:
-        return names
     train = [name for name in names if TRAIN.search(name)]
     other = [name for name in names if HELD_OUT.search(name) and name not in train]
-    return (
-        (other or names) if held_out else (train or [n for n in names if n not in other] or names)
-    )
+    if held_out:
+        return other or names
+    return train or [name for name in names if name not in other] or names
 
 
 def _is_data(name: str) -> bool:
@@ -100,37 +91,25 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
         yield from reader(path, name)
     except FileNotFoundError:
         raise JobError(ExitCode.NOT_FOUND, name, "is not there", "see data.source") from None
-    except (EOFError, OSError, zlib.error, ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         what = f"can't be read: {' '.join(str(error).split())[:200]}"
         raise JobError(ExitCode.DATA, name, what, "fetch or write the file again") from error
 
 
-@contextlib.contextmanager
-def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path, name: str) -> Any:
     """Open a file for reading, unpacked by its name."""
-    packing = PACKED.get(Path(name.lower()).suffix)
-    if packing == "gzip":
-        with gzip.open(path, "rb") as stream:
-            yield stream  # type: ignore[misc]
-    elif packing == "zstd":
-        import pyarrow as pa
+    import pyarrow as pa
 
-        with pa.input_stream(str(path), compression="zstd") as stream:
-            yield stream
-    else:
-        with path.open("rb") as stream:
-            yield stream
+    return pa.input_stream(str(path), compression=PACKED.get(Path(name.lower()).suffix))
 
 
 def _lines(path: Path, name: str) -> Iterator[bytes]:
     """Yield lines with their ends, but for the byte order mark."""
-    rest, first = b"", True
+    rest, mark = b"", codecs.BOM_UTF8
     with _opened(path, name) as stream:
         while chunk := stream.read(CHUNK_BYTES):
-            if first:
-                chunk, first = chunk.removeprefix(b"\xef\xbb\xbf"), False
-            lines = (rest + chunk).split(b"\n")
-            rest = lines.pop()
+            *lines, rest = (rest + chunk.removeprefix(mark)).split(b"\n")
+            mark = b""
             if len(rest) > LONGEST_ROW_BYTES:
                 raise ValueError(f"a line is longer than {LONGEST_ROW_BYTES >> 20} MiB")
             for line in lines:
@@ -182,8 +161,6 @@ class _Text:
     """A window over a stream of UTF-8 that JSON values are taken from."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        import codecs
-
         self._stream = stream
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._window, self._at, self._ended = "", 0, False
@@ -246,14 +223,13 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _seekable(path, name) as plain:
-        try:
-            batches = pq.ParquetFile(plain).iter_batches(batch_size=1024)
-            values = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    try:
+        with _seekable(path, name) as plain, pq.ParquetFile(plain) as file:
+            values = (v for batch in file.iter_batches(batch_size=1024) for v in batch.to_pylist())
             for number, value in enumerate(values, 1):
                 yield Row(f"{name}:{number}", value)
-        except pa.ArrowException as error:
-            raise ValueError(str(error)) from error
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from job.data.normalise import Example, Message
+from job.data.normalise import Message
 from job.data.read import RowFault
 from job.data.template import CLOSE, OPEN, Template
 
@@ -40,7 +39,13 @@ class Rendered:
 
     def shown(self, text: str) -> str:
         """Return ``text`` with its slots filled."""
+        if not self.slots:
+            return text
         return SLOT.sub(lambda found: self.slots[ord(found[0]) - FIRST_SLOT], text)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return the segments with their masks, as the data report shows them."""
+        return [{"text": self.shown(text), "trained": on} for text, on in self.segments if text]
 
 
 class Hidden:
@@ -51,6 +56,16 @@ class Hidden:
         self._heads = tuple({token[:2] for token in special_tokens})
         pattern = "|".join([*map(re.escape, longest_first), SLOT.pattern])
         self._tokens = re.compile(pattern)
+
+    def messages(self, messages: list[Message], slots: list[str]) -> list[Message]:
+        """Return turns with such texts in slots."""
+        return [
+            {
+                key: value if key == "role" else self.hide(value, slots)
+                for key, value in turn.items()
+            }
+            for turn in messages
+        ]
 
     def hide(self, value: Any, slots: list[str]) -> Any:
         """Return ``value`` (text, or text in lists and objects) with such texts in slots.
@@ -65,14 +80,11 @@ class Hidden:
         return [self.hide(item, slots) for item in value] if isinstance(value, list) else value
 
     def _text(self, text: str, slots: list[str]) -> str:
-        if not text.isascii():
-            try:
-                encoded = text.encode()
-            except UnicodeEncodeError:
-                raise RowFault("holds characters that are not UTF-8") from None
-            if SLOT_BYTES not in encoded and not any(head in text for head in self._heads):
-                return text
-        elif not any(head in text for head in self._heads):
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:
+            raise RowFault("holds characters that are not UTF-8") from None
+        if SLOT_BYTES not in encoded and not any(head in text for head in self._heads):
             return text
         return self._tokens.sub(lambda found: self._slot(found[0], slots), text)
 
@@ -87,39 +99,27 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renderer:
-    """How rows of one job become text."""
+    """How the conversations of one job become text."""
 
-    template: Template | None
+    template: Template
     special_tokens: list[str]
     train_on: Literal["assistant", "all"] = "assistant"
     thinking: Thinking = "keep"
-    bos: str = ""
-    eos: str = ""
 
-    def compiled(self) -> Callable[[Example], list[Rendered]]:
-        """Return the function from an Example to what is trained on, one or several."""
-        hidden = Hidden(self.special_tokens)
+    def __call__(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, slots: list[str]
+    ) -> list[Rendered]:
+        """Return what is trained on of a conversation (with its slots): one example or several.
 
-        def render(example: Example) -> list[Rendered]:
-            slots: list[str] = []
-            if example.text is not None:
-                return [self._plain(example, hidden, slots)]
-            shown = [_hidden(message, hidden, slots) for message in example.messages]
-            tools = hidden.hide(example.tools, slots)
-            texts = self._conversation([self._adapted(message) for message in shown], tools)
-            return [Rendered(segments, slots) for segments in texts]
-
-        return render
-
-    def _plain(self, example: Example, hidden: Hidden, slots: list[str]) -> Rendered:
-        """Return text between the tokens that begin and end a document."""
-        before = self.bos + hidden.hide(example.prompt, slots)
-        text = hidden.hide(example.text, slots) + self.eos
-        return Rendered([(before, self.train_on == "all"), (text, True)], slots)
+        Raises:
+            RowFault: something in it would be lost.
+        """
+        turns = [self._adapted(message) for message in messages]
+        return [Rendered(segments, slots) for segments in self._conversation(turns, tools)]
 
     def _adapted(self, message: Message) -> Message:
         """Return a turn as this template takes it: roles that it knows, reasoning where it looks."""
-        if message["role"] == "developer" and self.template and not self.template.knows_developer:
+        if message["role"] == "developer" and not self.template.knows_developer:
             return {**message, "role": "system"}
         if message["role"] != "assistant":
             return message
@@ -131,16 +131,15 @@ class Renderer:
 
     def _split_tags(self, message: Message) -> Message:
         """Take reasoning out of the text if it is to be dropped, or has a place of its own."""
-        assert self.template is not None
         keeps = not self.template.renders_thinking and self.thinking == "keep"
         if keeps and not self.template.strips_think_tags:
             return message
         thinking, _, content = message["content"].partition(CLOSE)
         thinking = thinking.removeprefix(OPEN).strip()
         said = {**message, "content": content.lstrip("\n")}
-        if keeps:
-            return {**said, "thinking": thinking, "tagged": True} if thinking else said
-        return {**said, "thinking": thinking} if thinking else said
+        if not thinking:
+            return said
+        return {**said, "thinking": thinking, **({"tagged": True} if keeps else {})}
 
     def _conversation(
         self, turns: list[Message], tools: list[dict[str, Any]] | None
@@ -149,7 +148,6 @@ class Renderer:
         answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             raise RowFault("has no assistant turn")
-        assert self.template is not None
         if self.train_on == "all":
             return [[(self._all(turns, tools, answers), True)]]
         thinks = any("thinking" in turns[at] for at in answers)
@@ -160,33 +158,31 @@ class Renderer:
         return [self._last(turns[: at + 1], tools) for at in answers]
 
     def _all(self, turns: list[Message], tools: Any, answers: list[int]) -> str:
-        assert self.template is not None
         tagged = [self._tagged(turn, trained=True) for turn in turns]
-        text = self._filled(self.template.render(tagged, tools))
+        text = self._render(tagged, tools)
         for at in answers:
             self._check(turns[at], text)
-        self._check_rest(turns, text)
+        _check_rest(turns, text)
         return text
 
     def _incremental(
         self, turns: list[Message], tools: Any, answers: list[int]
     ) -> list[tuple[str, bool]] | None:
         """Return the conversation with all its answers trained, or None if history changes."""
-        assert self.template is not None
         turns = [self._tagged(turn, trained=True) for turn in turns[: answers[-1] + 1]]
-        text = self._filled(self.template.render(turns, tools))
+        text = self._render(turns, tools)
         segments, done = [], 0
         for at in answers:
-            start = self._filled(self.template.render(turns[:at], tools, generation=True))
+            start = self._render(turns[:at], tools, generation=True)
             is_last = at == answers[-1]
-            end = text if is_last else self._filled(self.template.render(turns[: at + 1], tools))
+            end = text if is_last else self._render(turns[: at + 1], tools)
             if not text.startswith(start) or not text.startswith(end) or len(start) < done:
                 return None
             answer, rest = self._cut(text[len(start) : len(end)])
             self._check(turns[at], answer)
             segments += [(text[done : len(start)], False), (answer, True)]
             done = len(end) - len(rest)
-        self._check_rest(turns, text)
+        _check_rest(turns, text)
         return segments
 
     def _last(self, turns: list[Message], tools: Any) -> list[tuple[str, bool]]:
@@ -194,11 +190,10 @@ class Renderer:
 
         Its history is rendered as the model will see it when it has to give that answer.
         """
-        assert self.template is not None
         history = [self._tagged(turn, trained=False) for turn in turns[:-1]]
         turn = self._tagged(turns[-1], trained=True)
-        prompt = self._filled(self.template.render(history, tools, generation=True))
-        full = self._filled(self.template.render([*history, turn], tools))
+        prompt = self._render(history, tools, generation=True)
+        full = self._render([*history, turn], tools)
         closed = prompt.removesuffix(self.template.opening)
         if full.startswith(prompt):
             answer = full[len(prompt) :]
@@ -208,7 +203,7 @@ class Renderer:
             answer = self._tail(turn, full)
         answer, _ = self._cut(answer)
         self._check(turn, answer)
-        self._check_rest(turns[:-1], prompt)
+        _check_rest(turns[:-1], prompt)
         return [(prompt, False), (answer, True)]
 
     def _tail(self, turn: Message, full: str) -> str:
@@ -217,10 +212,9 @@ class Renderer:
         (gpt-oss drops a tool call's analysis then.) The turn is rendered after one question
         alone, and must end the full conversation in the same words.
         """
-        assert self.template is not None
         question: list[Message] = [{"role": "user", "content": "a"}]
-        before = self._filled(self.template.render(question, generation=True))
-        alone = self._filled(self.template.render([*question, turn]))
+        before = self._render(question, generation=True)
+        alone = self._render([*question, turn])
         tail = alone[len(before) :]
         if not tail or not alone.startswith(before) or not full.endswith(tail):
             raise RowFault("has an answer that the chat template does not put after its prompt")
@@ -232,10 +226,8 @@ class Renderer:
         An earlier turn loses it, as it does in a chat. Tags are hidden from templates that would
         cut them out of the answer that is trained on.
         """
-        tagged = turn.get("tagged", False)
-        assert self.template is not None
-        tagged |= self.thinking == "tags" and not self.template.writes_think_tags
-        if "thinking" not in turn or not tagged:
+        asked = self.thinking == "tags" and not self.template.writes_think_tags
+        if "thinking" not in turn or not (asked or "tagged" in turn):
             return turn
         plain = {key: turn[key] for key in turn if key not in ("thinking", "tagged")}
         if not trained:
@@ -245,21 +237,19 @@ class Renderer:
         body = f"{opening}\n{turn['thinking'].strip()}\n{closing}\n\n{turn['content'].strip()}"
         return {**plain, "content": body}
 
-    @staticmethod
-    def _filled(text: str) -> str:
-        return text.replace(OPEN_SLOT, OPEN).replace(CLOSE_SLOT, CLOSE)
+    def _render(self, turns: list[Message], tools: Any = None, *, generation: bool = False) -> str:
+        return _filled(self.template.render(turns, tools, generation=generation))
 
     def _cut(self, answer: str) -> tuple[str, str]:
         """Split what the model says, stop token included, from what the template puts after it."""
         bare = answer.rstrip()
-        ends = bare.endswith(tuple(self.special_tokens)) if self.special_tokens else False
+        ends = bare.endswith(tuple(self.special_tokens))
         return (bare, answer[len(bare) :]) if ends else (answer, "")
 
     def _check(self, turn: Message, answer: str) -> None:
         """Refuse a trained turn of which the template leaves something out."""
-        assert self.template is not None
         opened = self.template.opening.strip()  # the generation prompt says it, not the model
-        if self._filled(turn["content"]).strip().removeprefix(opened).strip() not in answer:
+        if _filled(turn["content"]).strip().removeprefix(opened).strip() not in answer:
             raise RowFault("has an answer that the chat template does not render whole")
         if turn.get("thinking", "").strip() not in answer:
             raise RowFault(
@@ -276,17 +266,17 @@ class Renderer:
                 " (one call a turn is what it knows)"
             )
 
-    @staticmethod
-    def _check_rest(turns: list[Message], text: str) -> None:
-        """Refuse a conversation that loses a turn that is no answer."""
-        for turn in turns:
-            said = turn["content"].strip()
-            if turn["role"] != "assistant" and said not in text and _escaped(said) not in text:
-                raise RowFault(f"has a {turn['role']} turn that the chat template does not render")
+
+def _check_rest(turns: list[Message], text: str) -> None:
+    """Refuse a conversation that loses a turn that is no answer."""
+    for turn in turns:
+        said = turn["content"].strip()
+        if turn["role"] != "assistant" and said not in text and _escaped(said) not in text:
+            raise RowFault(f"has a {turn['role']} turn that the chat template does not render")
 
 
-def _hidden(message: Message, hidden: Hidden, slots: list[str]) -> Message:
-    return {key: v if key == "role" else hidden.hide(v, slots) for key, v in message.items()}
+def _filled(text: str) -> str:
+    return text.replace(OPEN_SLOT, OPEN).replace(CLOSE_SLOT, CLOSE)
 
 
 def _leaves(value: Any) -> list[str]:

@@ -1,141 +1,196 @@
-"""From the rows of a source to tokens: read, recognise, normalise, render, encode."""
+"""From the rows of a source to tokens: read, recognise, normalise, render, encode.
+
+This process reads; the rest is done beside it, a batch at a time: in a thread for small data, in a
+process for each core for large data. The order of the rows stays.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from job.artifacts import Source
 from job.config import JobConfig
-from job.data.normalise import normaliser
+from job.data.normalise import SAMPLE_ROWS, Normaliser, Shape, recognise
 from job.data.read import Row, RowFault, data_files, read_rows
-from job.data.recognise import SAMPLE_ROWS, recognise
-from job.data.render import Rendered, Renderer
-from job.data.report import Report
-from job.data.template import Template
+from job.data.render import Hidden, Rendered, Renderer
+from job.data.report import NUM_SAMPLES, Report
 from job.data.tokens import Encoder, Tokens, read_template
 from job.errors import ExitCode, JobError
 from job.stop import Stop
 
-BATCH_ROWS = 256
+BATCH_ROWS = 128
+SMALL_BYTES = 16 << 20
+"""Files that are read before worker processes would have started."""
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A row as text: what it makes, and the key that says whether two rows are the same."""
+class Encoded:
+    """A row as tokens, or what is wrong with it.
+
+    Rows of the same text have the same ``key``: 64 bits, random between texts and seeds.
+    """
 
     place: str
-    rendered: list[Rendered]
-    key: int
+    fault: str | None = None
+    key: int = 0
+    examples: list[Tokens] = field(default_factory=list)
+    sample: list[dict[str, Any]] = field(default_factory=list)
+    """The first example's segments as people read them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What is the same for every row."""
+    """What is the same for every row.
 
-    job: JobConfig
-    encoder: Encoder
-    template: Template | None
-    stop_token_ids: list[int]
-    render: Callable[[Any], list[Rendered]]
+    Args:
+        job: The job file.
+        model: Folder of the base, whose configs name ends of text.
+        tokenizer: Folder of the tokenizer and its template.
+        started: Unix seconds: today, for templates that ask for the date.
+    """
 
-    @classmethod
-    def of(cls, job: JobConfig, model: Source, tokenizer: Path, started: float) -> Recipe:
-        """Read the tokenizer and its template."""
-        encoder = Encoder(tokenizer)
-        template = read_template(tokenizer, started=started)
-        renderer = Renderer(
-            template=template,
-            special_tokens=encoder.special_tokens,
-            train_on=job.data.train_on,
-            thinking=job.data.thinking,
-            bos=encoder.bos,
-            eos=encoder.eos,
-        )
-        stops = encoder.stop_token_ids(model.folder, template)
-        return cls(
-            job=job, encoder=encoder, template=template, stop_token_ids=stops,
-            render=renderer.compiled(),
-        )  # fmt: skip
+    def __init__(self, job: JobConfig, model: Path, tokenizer: Path, started: float) -> None:
+        self._arguments = (job, model, tokenizer, started)
+        self.job, self.encoder = job, Encoder(tokenizer)
+        self.template = read_template(tokenizer, started=started)
+        self.stop_token_ids = self.encoder.stop_token_ids(model, self.template)
+        self._hidden = Hidden(self.encoder.special_tokens)
+        self._renderer: Renderer | None = None
+        if self.template is not None:
+            self._renderer = Renderer(
+                template=self.template,
+                special_tokens=self.encoder.special_tokens,
+                train_on=job.data.train_on,
+                thinking=job.data.thinking,
+            )
 
-    def encoded(
+    def rows(
         self, source: Source, report: Report, stop: Stop, *, held_out: bool = False
-    ) -> Iterator[tuple[Item, list[Tokens]]]:
-        """Yield rows with their tokens, in order; encoding runs beside reading, two batches ahead."""
-        items = self._items(source, report, held_out)
-        waiting: deque[tuple[list[Item], Future[list[Tokens]]]] = deque()
-        with ThreadPoolExecutor(1, "encode") as pool:
-            for batch in itertools.chain(_batched(items, BATCH_ROWS), [None]):
+    ) -> Iterator[Encoded]:
+        """Yield the rows that became examples, in order; count the others in ``report``."""
+        names = data_files(source, held_out=held_out)
+        batches = itertools.chain.from_iterable(
+            self._batches(source.folder / name, name) for name in names
+        )
+        size = sum(path.stat().st_size for name in names if (path := source.folder / name).exists())
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if size > SMALL_BYTES else 0
+        waiting: deque[tuple[Shape, Future[list[Encoded]]]] = deque()
+        pool = self._pool(workers)
+        try:
+            for batch in itertools.chain(batches, [None]):
                 stop.check()
                 if batch is not None:
-                    texts = [rendered for item in batch for rendered in item.rendered]
-                    waiting.append((batch, pool.submit(self.encoder.encode, texts)))
-                while waiting and (batch is None or len(waiting) > 2):
-                    done, future = waiting.popleft()
-                    tokens = iter(future.result())
-                    yield from ((i, [next(tokens) for _ in i.rendered]) for i in done)
+                    shape, rows = batch
+                    samples = NUM_SAMPLES - len(report.samples)
+                    call = _in_worker if workers else self.encode
+                    waiting.append((shape, pool.submit(call, shape, rows, samples)))
+                while waiting and (batch is None or len(waiting) > 2 + 2 * workers):
+                    shape, future = waiting.popleft()
+                    yield from _counted(future.result(), shape, report)
+        except BrokenProcessPool:
+            what, do = "a worker process was killed; out of memory?", "give the job 1 GB more"
+            raise JobError(ExitCode.OUT_OF_RESOURCES, "prepare", what, do) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _items(self, source: Source, report: Report, held_out: bool) -> Iterator[Item]:
-        for name in data_files(source, held_out=held_out):
-            yield from self._file(source.folder / name, name, report)
+    def _pool(self, workers: int) -> Executor:
+        if not workers:
+            return ThreadPoolExecutor(1)
+        # Not forked: this process has threads, and may hold a model.
+        fresh = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(workers, fresh, _start_worker, self._arguments)
 
-    def _file(self, path: Path, name: str, report: Report) -> Iterator[Item]:
-        """Yield the rows of a file as text; count those that can't become any."""
-        rows = read_rows(path, name)
+    def _batches(self, path: Path, name: str) -> Iterator[tuple[Shape, list[Row]]]:
+        rows, mapping = read_rows(path, name), self.job.data.mapping
         sample = list(itertools.islice(rows, SAMPLE_ROWS))
         values = [row.value for row in sample if row.fault is None]
-        mapping = self.job.data.mapping
-        if not values and mapping is None:
-            shape: Any = "text"
-        else:
-            shape = "mapping" if mapping is not None else recognise(values, name)
-        if self.template is None and _needs_template(shape, mapping, values):
-            raise JobError(
-                ExitCode.DATA, name, "holds conversations, and the model has no chat template",
-                "give one in model.chat_template",
-            )  # fmt: skip
-        normalise = normaliser(shape, mapping, as_chat=self.template is not None)
-        for row in itertools.chain(sample, rows):
-            item = self._item(row, lambda value: self.render(normalise(value)), report)
-            if item is not None:
-                report.shapes[shape] += 1
-                yield item
+        shape: Shape = "mapping" if mapping else recognise(values, name) if values else "text"
+        rest = itertools.chain(sample, rows)
+        while batch := list(itertools.islice(rest, BATCH_ROWS)):
+            yield shape, batch
 
-    def _item(
-        self, row: Row, render: Callable[[Any], list[Rendered]], report: Report
-    ) -> Item | None:
+    def encode(self, shape: Shape, rows: list[Row], num_samples: int) -> list[Encoded]:
+        """Return what becomes of each row; the first few with a sample."""
+        data = self.job.data
+        normalise = Normaliser(shape, data.mapping, as_chat=self.template is not None)
+        found = [self._rendered(row, normalise) for row in rows]
+        texts = [one for made in found if not isinstance(made, str) for one in made]
+        tokens = iter(self.encoder.encode(texts))
+        encoded = []
+        for row, made in zip(rows, found, strict=True):
+            if isinstance(made, str):
+                encoded.append(Encoded(row.place, fault=made))
+                continue
+            sample = made[0].as_dicts() if num_samples > 0 else []
+            num_samples -= 1
+            key = _key(self.job.seed, made[-1])
+            encoded.append(Encoded(row.place, None, key, [next(tokens) for _ in made], sample))
+        return encoded
+
+    def _rendered(self, row: Row, normalise: Normaliser) -> list[Rendered] | str:
+        """Return a row's examples as text, or what is wrong with it."""
+        if row.fault is not None:
+            return row.fault
+        slots: list[str] = []
+        try:
+            example = normalise(row.value)
+            if example.text is None:
+                assert self._renderer is not None
+                messages = self._hidden.messages(example.messages, slots)
+                return self._renderer(messages, self._hidden.hide(example.tools, slots), slots)
+            before = self.encoder.bos + self._hidden.hide(example.prompt, slots)
+            text = self._hidden.hide(example.text, slots) + self.encoder.eos
+        except RowFault as fault:
+            return str(fault)
+        return [Rendered([(before, self.job.data.train_on == "all"), (text, True)], slots)]
+
+
+def _counted(rows: list[Encoded], shape: Shape, report: Report) -> Iterator[Encoded]:
+    for row in rows:
         report.rows_read += 1
         if row.fault is not None:
             report.refuse(row.place, row.fault)
-            return None
-        try:
-            rendered = render(row.value)
-        except RowFault as fault:
-            report.refuse(row.place, str(fault))
-            return None
-        report.sample(row.place, rendered[0])
-        return Item(row.place, rendered, _key(self.job.seed, rendered[-1]))
-
-
-def _needs_template(shape: str, mapping: Any, values: list[Any]) -> bool:
-    if shape == "mapping":
-        return mapping.messages is not None
-    typed = any(isinstance(v.get(n), list) for v in values[:100] for n in ("prompt", "completion"))
-    return shape == "messages" or (shape == "prompt+completion" and typed)
+            continue
+        report.shapes[shape] = report.shapes.get(shape, 0) + 1
+        if row.sample and len(report.samples) < NUM_SAMPLES:
+            report.samples.append({"row": row.place, "segments": row.sample})
+        yield row
 
 
 def _key(seed: int, rendered: Rendered) -> int:
-    """Return 64 bits that are the same for the same text, and random between texts and seeds."""
     digest = hashlib.blake2b(rendered.text.encode(), digest_size=8, key=seed.to_bytes(8, "big"))
     return int.from_bytes(digest.digest(), "big")
 
 
-def _batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+_own: list[Recipe] = []
+"""A worker's recipe."""
+
+
+def _start_worker(*arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _own.append(Recipe(*arguments))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed can't end its workers, and they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(shape: Shape, rows: list[Row], num_samples: int) -> list[Encoded]:
+    return _own[0].encode(shape, rows, num_samples)

@@ -35,6 +35,11 @@ class Tokens:
     ids: Any
     labels: Any
 
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry loss: the first has nothing before it to be told from."""
+        return int((self.labels[1:] != IGNORED).sum())
+
 
 def copy_tokenizer(model: Path, folder: Path, chat_template: str | None) -> None:
     """Copy the base's tokenizer, byte for byte but for a chat template that replaces its own.
@@ -120,48 +125,31 @@ class Encoder:
 
         path = folder / "tokenizer.json"
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the binding raises plain Exception
             raise JobError(
                 ExitCode.DATA, "tokenizer.json", f"can't be read: {error}", "fetch the model again"
             ) from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        added = self._tokenizer.get_added_tokens_decoder()
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        added = self.tokenizer.get_added_tokens_decoder()
         self.special_tokens = sorted(token.content for token in added.values() if token.special)
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
-        self._literal = Tokenizer.from_str(self._tokenizer.to_str())
+        self._literal = Tokenizer.from_str(self.tokenizer.to_str())
         self._literal.encode_special_tokens = True
         words = splits_at_spaces(_read_json(path))
-        self._words = Words(self._tokenizer) if words else None
+        self._words = Words(self.tokenizer) if words else None
         settings = _settings(folder)
         self.eos = _token(settings["eos_token"]) if settings.get("eos_token") else ""
-        self._pad = _token(settings["pad_token"]) if settings.get("pad_token") else ""
-        self._by_segment = (
-            not self._tokenizer.encode("ab", add_special_tokens=False)
-            .tokens[0]
-            .startswith(("\u2581", "\u0120"))
-        )
-
-    @property
-    def bos(self) -> str:
-        """The token that this tokenizer puts before a text, or ''."""
-        tokens = self._tokenizer.encode("a", add_special_tokens=True).tokens
-        return tokens[0] if tokens[0] in self.special_tokens else ""
-
-    def token_id(self, token: str) -> int | None:
-        """Return a token's id, or None if there is no such token."""
-        return self._tokenizer.token_to_id(token)
-
-    def token_text(self, token_id: int) -> str:
-        """Return the token's own text."""
-        return self._tokenizer.id_to_token(token_id) or str(token_id)
-
-    @property
-    def pad_token_id(self) -> int:
+        pad = _token(settings["pad_token"]) if settings.get("pad_token") else ""
+        found = (self.tokenizer.token_to_id(token) for token in (pad, self.eos) if token)
+        self.pad_token_id: int = next((number for number in found if number is not None), 0)
         """What rows are filled up with; labels are -100 there, whatever it is."""
-        found = (self._tokenizer.token_to_id(token) for token in (self._pad, self.eos) if token)
-        return next((number for number in found if number is not None), 0)
+        first = self.tokenizer.encode("a", add_special_tokens=True).tokens[0]
+        self.bos = first if first in self.special_tokens else ""
+        """The token that this tokenizer puts before a text, or ''."""
+        first = self.tokenizer.encode("ab", add_special_tokens=False).tokens[0]
+        self._by_segment = not first.startswith(("\u2581", "\u0120"))
 
     def stop_token_ids(self, model: Path, template: Template | None) -> list[int]:
         """Return what ends an answer: the tokenizer's and the model's ends, and the template's."""
@@ -169,7 +157,7 @@ class Encoder:
         for ending in template.endings if template else []:
             first = self._special.search(ending)
             names |= {first[0]} if first else set()
-        ids = {found for name in names if (found := self._tokenizer.token_to_id(name)) is not None}
+        ids = {found for name in names if (found := self.tokenizer.token_to_id(name)) is not None}
         for file in ("generation_config.json", "config.json"):
             value = _read_json(model / file).get("eos_token_id")
             ids |= set(value if isinstance(value, list) else [value]) - {None}
@@ -212,16 +200,16 @@ class Encoder:
 
         if self._words is not None:
             return [np.frombuffer(ids, np.int32) for ids in self._words.encode(texts)]
-        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def _whole(self, rendered: Rendered) -> Tokens:
         import numpy as np
 
-        def ids_of(text: str) -> list[int]:
+        def ids_of(text: str) -> Any:
             pieces: list[tuple[str, bool]] = []
             self._cut(text, rendered, pieces)
-            return [number for ids in self._ids(pieces) for number in ids.tolist()]
+            return np.concatenate([np.empty(0, np.int32), *self._ids(pieces)])
 
         full = ids_of("".join(text for text, _ in rendered.segments))
         parts: list[list[Any]] = []
@@ -229,7 +217,7 @@ class Encoder:
         for text, _ in rendered.segments:
             before += text
             end = max(done, _common(ids_of(before), full))
-            parts.append([np.array(full[done:end], np.int32)])
+            parts.append([full[done:end]])
             done = end
         return _tokens(parts, rendered)
 
@@ -247,7 +235,8 @@ def _tokens(parts: list[list[Any]], rendered: Rendered) -> Tokens:
     return Tokens(np.concatenate(ids), np.concatenate(labels))
 
 
-def _common(first: list[int], second: list[int]) -> int:
-    """Return how many ids two lists begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+def _common(first: Any, second: Any) -> int:
+    """Return how many ids two arrays begin with in common."""
+    size = min(len(first), len(second))
+    differ = (first[:size] != second[:size]).nonzero()[0]
+    return int(differ[0]) if len(differ) else size

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from rows import parts, renderer
 
-from job.data.normalise import Example, normaliser
+from job.data.normalise import Normaliser
 from job.data.read import RowFault
 from job.data.split import split_thinking
 
@@ -38,7 +38,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def rendered(text: str, *messages: dict[str, Any], tools: Any = None, **how: Any) -> list[Any]:
-    made = renderer(text, **how).compiled()(Example(list(messages), tools))
+    made = renderer(text, **how)(list(messages), tools, [])
     return [parts(one) for one in made]
 
 
@@ -197,7 +197,7 @@ def test_a_tool_call_is_trained_to_its_stop() -> None:
             answer("", tool_calls=[{"function": {"name": "get", "arguments": '{"a": "ö\\"x"}'}}]),
         ]
     }
-    example = normaliser("messages", None, as_chat=True)(row)
+    example = Normaliser("messages", None, as_chat=True)(row)
     trained = rendered(HARMONY, *example.messages, tools=[TOOL])[0][1]
     assert trained == (
         ' to=functions.get<|channel|>commentary json<|message|>{"a": "ö\\"x"}<|call|>'
@@ -290,5 +290,5 @@ def test_differences_from_harmony_are_those_listed() -> None:
 def test_an_empty_thought_is_none() -> None:
     """The template would write an analysis of no words for thinking: ""."""
     row = {"messages": [USER, answer("A", thinking="")]}
-    example = normaliser("messages", None, as_chat=True)(row)
+    example = Normaliser("messages", None, as_chat=True)(row)
     assert "analysis<|message|>" not in rendered(HARMONY, *example.messages)[0][0]
