@@ -68,12 +68,12 @@ def dispatch(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
         do = f"install it: pip install 'lora-job[{extra}]'"
         return _say(JobError(ExitCode.USAGE, arguments.verb, f"needs {missing.name}", do))
     except OSError as error:
-        from job.run import explain
+        from job.files import explained
 
-        explained = explain(error)
-        if explained is None:
+        refusal = explained(error)
+        if refusal is None:
             raise
-        return _say(explained)
+        return _say(refusal)
 
 
 def add_parsers(verbs: Any) -> None:

@@ -16,6 +16,7 @@ import structlog
 
 from job.artifacts import Receipt
 from job.errors import ExitCode, JobError, name_of
+from job.files import explained
 from job.progress import Progress
 
 if TYPE_CHECKING:
@@ -43,14 +44,12 @@ class Ending:
     @contextlib.contextmanager
     def recorded(self, progress: Progress) -> Iterator[None]:
         """Turn whatever ends the block into :attr:`code` and :attr:`record`, and store it."""
-        from job.run import explain
-
         error: JobError | None = None
         try:
             yield
             self.code = int(ExitCode.VERIFIED)
         except BaseException as raised:
-            error = explain(raised)
+            error = _explain(raised)
             self.code = int(error.code) if error else BUG
             if error is None:
                 log.exception("bug", what=str(raised))
@@ -94,6 +93,19 @@ class Ending:
         said = "" if self.code == 0 else f"{record['where']}: {record['what']}; {record['do']}"
         duration_s = round(time.time() - self.began, 1)
         return {**kept, "duration_s": duration_s, **({"said": said} if said else {})}
+
+
+def _explain(error: BaseException) -> JobError | None:
+    """Return what an exception means to a user, or None if it is a bug.
+
+    The file system's own refusals are a user's to mend wherever they come from.
+    """
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, MemoryError):
+        do = "give it more memory, or batch_size less"
+        return JobError(ExitCode.OUT_OF_RESOURCES, "run", "out of memory", do)
+    return explained(error) if isinstance(error, OSError) else None
 
 
 def write_termination_message(record: dict[str, Any]) -> None:

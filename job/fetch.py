@@ -11,10 +11,9 @@ from typing import Any
 import structlog
 
 from job.errors import ExitCode, JobError
-from job.files import fsync_folder, list_files, write_bytes
+from job.files import fsync_folder, list_files, refusals, write_bytes
 from job.stop import Stop
 from job.store import open_store
-from job.store.folder import refusals
 from job.store.manifest import MANIFEST, receive
 from job.store.versions import Manifest, parse_spec, read_manifest, resolve, version_folder
 

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: write aside, fsync, rename. And their hashes and names."""
+"""Files that are whole or not there: write aside, fsync, rename. Their hashes, names, refusals."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,8 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from job.errors import ExitCode, JobError
+from job.retry import TransientError
 
 CHUNK_BYTES = 4 << 20
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+MISPLACED = {errno.ENOTDIR, errno.EISDIR}
+# ENOENT: a folder that another process emptied and removed between our mkdir and our write.
+PASSING = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOLCK}
 
 
 @contextlib.contextmanager
@@ -110,3 +118,31 @@ def list_files(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
+
+
+def explained(error: OSError, where: str | None = None) -> JobError | None:
+    """Return what the file system's refusal means to a person, or None if it is no refusal."""
+    where = where or str(error.filename or "a file")
+    if error.errno in FULL:
+        do = "free some space there, or use another folder"
+        return JobError(ExitCode.OUT_OF_RESOURCES, where, "the disk is full", do)
+    if error.errno in MISPLACED:
+        what = "has a file where a folder should be"
+        return JobError(ExitCode.NOT_FOUND, where, what, "name another path")
+    if error.errno in FORBIDDEN:
+        what, do = "may not be read or written", "grant it to this user, or use another folder"
+        return JobError(ExitCode.NOT_ALLOWED, where, what, do)
+    return None
+
+
+@contextlib.contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """Explain the file system's refusals within the block; what may pass is a TransientError."""
+    try:
+        yield
+    except OSError as error:
+        if refusal := explained(error, where):
+            raise refusal from error
+        if error.errno in PASSING:
+            raise TransientError(str(error.strerror)) from error
+        raise

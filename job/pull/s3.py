@@ -12,31 +12,22 @@ from job.pull.pin import Means, Pin, PinnedFile, SourceKind, not_found
 from job.pull.select import selected
 from job.pull.transfer import NUM_STREAMS, Opener, RestartError
 from job.retry import retry
-from job.store.s3_client import (
-    MissingError,
-    PreconditionError,
-    client_errors,
-    make_client,
-    understood,
-)
+from job.store.s3_client import MissingError, PreconditionError, make_client, s3_errors
 
 STREAM_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def s3_errors(where: str) -> Iterator[None]:
-    """Turn the client's exceptions into a JobError, or a TransientError if it may pass."""
+def _errors(where: str) -> Iterator[None]:
     try:
-        yield
-    except client_errors() as error:
-        meant = understood(error, where)
-        if isinstance(meant, MissingError):
-            do = "see bucket, key and AWS_ENDPOINT_URL"
-            meant = not_found(where, f"is not there ({meant})", do)
-        if isinstance(meant, PreconditionError):
-            what = "has changed since this run began"
-            meant = not_found(where, what, "put it back, or start a new run")
-        raise meant from error
+        with s3_errors(where):
+            yield
+    except MissingError as error:
+        do = "see bucket, key and AWS_ENDPOINT_URL"
+        raise not_found(where, f"is not there ({error})", do) from error
+    except PreconditionError as error:
+        what = "has changed since this run began"
+        raise not_found(where, what, "put it back, or start a new run") from error
 
 
 def parse(uri: str) -> tuple[str, str]:
@@ -53,7 +44,7 @@ def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
     """
 
     def ask() -> Pin:
-        with s3_errors(uri):
+        with _errors(uri):
             return _resolve(uri, kind, make_client(), means)
 
     return retry(uri, ask, stop=means.stop)
@@ -117,7 +108,7 @@ def place(pin: Pin) -> Opener:
             asked["IfMatch"] = pinned.etag
         if offset:
             asked["Range"] = f"bytes={offset}-"
-        with s3_errors(f"s3://{bucket}/{at}"):
+        with _errors(f"s3://{bucket}/{at}"):
             answer = s3.get_object(**asked)
             if offset and "ContentRange" not in answer:
                 raise RestartError

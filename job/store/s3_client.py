@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,16 +79,19 @@ def _config(checksums: str) -> Any:
     )
 
 
-def client_errors() -> tuple[type[Exception], ...]:
-    """Return what a boto3 call, or reading its body, raises."""
+@contextlib.contextmanager
+def s3_errors(where: str) -> Iterator[None]:
+    """Turn what boto3 raises into one of the two above, a TransientError, or a JobError."""
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
 
-    return ClientError, BotoCoreError, HTTPError, ConnectionError, TimeoutError
+    try:
+        yield
+    except (ClientError, BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
+        raise _understood(error, where) from error
 
 
-def understood(error: Exception, where: str) -> Exception:
-    """Return what ``error`` means: one of the two above, TransientError, or a JobError."""
+def _understood(error: Exception, where: str) -> Exception:
     from botocore import exceptions
 
     if isinstance(error, exceptions.ClientError):

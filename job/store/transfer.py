@@ -6,7 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import structlog
@@ -65,25 +67,46 @@ def each(
 
     The first failure, or ``stop``, is raised; the others are asked to end by the inner stop and
     get a second to clean up behind them, not more: one may hang on a server that says nothing.
+    The threads are daemons, so that such a one does not keep the process either.
     """
-    inner = Stop()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="transfer")
-    futures = [pool.submit(call, item, inner) for item in items]
-    pending = set(futures)
+    inner, todo = Stop(), deque(enumerate(items))
+    done: SimpleQueue[tuple[int, R | BaseException]] = SimpleQueue()
+
+    def work() -> None:
+        while todo and not inner.requested:
+            with suppress(IndexError):  # another thread took the last one
+                number, item = todo.popleft()
+                try:
+                    done.put((number, call(item, inner)))
+                except BaseException as error:  # noqa: BLE001 - raised again by the caller
+                    done.put((number, error))
+
+    threads = [
+        threading.Thread(target=work, name="transfer", daemon=True)
+        for _ in range(min(workers, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        while pending:
-            stop.check()
-            done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        return [future.result() for future in futures]
+        return _collected(done, len(items), stop)
     except BaseException as error:
         inner.request(error if isinstance(error, JobError) else _abandoned(error))
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait([future for future in futures if not future.cancelled()], timeout=CLEAN_UP_S)
+        give_up = time.monotonic() + CLEAN_UP_S
+        for thread in threads:
+            thread.join(max(0.0, give_up - time.monotonic()))
         raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _collected(done: SimpleQueue[tuple[int, R | BaseException]], count: int, stop: Stop) -> list[R]:
+    results: dict[int, R] = {}
+    while len(results) < count:
+        stop.check()
+        with suppress(Empty):
+            number, result = done.get(timeout=POLL_S)
+            if isinstance(result, BaseException):
+                raise result
+            results[number] = result
+    return [results[number] for number in range(count)]
 
 
 def _abandoned(error: BaseException) -> JobError:
@@ -114,10 +137,6 @@ class Meter:
         eta_s = round(max(0, self.total_bytes - self.done_bytes) / rate) if rate else None
         if self._progress is not None:
             self._progress.update(eta_s=eta_s)
-        log.info(
-            "transfer",
-            what=self.what,
-            done=f"{self.done_bytes / 1e6:,.0f} of {self.total_bytes / 1e6:,.0f} MB",
-            mb_per_s=round(rate / 1e6, 1),
-            eta_s=eta_s,
-        )
+        done = f"{self.done_bytes / 1e6:,.0f} of {self.total_bytes / 1e6:,.0f} MB"
+        rate_mb = round(rate / 1e6, 1)
+        log.info("transfer", what=self.what, done=done, mb_per_s=rate_mb, eta_s=eta_s)

@@ -19,7 +19,7 @@ from job.errors import ExitCode, JobError
 from job.fetch import fetch
 from job.progress import Progress
 from job.stop import Stop
-from job.store import open_store, s3
+from job.store import base, open_store
 from job.store.runs import Attempt, take
 from job.store.versions import move_channel, resolve, version_name, write_version
 
@@ -203,7 +203,7 @@ def test_a_publisher_killed_anywhere_leaves_no_half_version(
     """Whichever request is the last: readers find no version, or a whole one that verifies."""
     folders = {"adapter": a_folder(tmp_path / "adapter", 6 << 20)}
     version = "20261120T010203Z-e1-0123abcd"
-    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(base, "PART_BYTES", 5 << 20)
     attempt = take_here(s3_root)
     with servers.faulty_proxy(seaweed.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

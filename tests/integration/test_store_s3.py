@@ -17,7 +17,7 @@ import servers
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop, preempted
-from job.store import open_store, s3, s3_client
+from job.store import base, open_store, s3_client
 from job.store import probe as probe_module
 from job.store.base import ConflictError, ExistsError, Store
 from job.store.probe import probe, require_conditions
@@ -32,7 +32,7 @@ PART = 5 * MB
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", PART)
+    monkeypatch.setattr(base, "PART_BYTES", PART)
     monkeypatch.setattr(probe_module, "LARGE_BYTES", PART + MB)
 
 
