@@ -129,10 +129,23 @@ def _kueue(facts: Facts) -> Answer | None:
     for kind in ("Evicted", "QuotaReserved", "Admitted"):
         found = _workload_condition(facts.workload, kind, "True" if kind == "Evicted" else "False")
         if found:
-            cause = "kueue-preempted" if found.get("reason") == "Preempted" else "kueue-quota"
-            what = f"queue {queue}: {found.get('message') or found.get('reason')}"
-            return Answer(cause, what, f"{WAIT} when quota is free; or ask for less, or more quota")
+            return _not_admitted(queue, str(found.get("reason")), str(found.get("message")))
     return Answer("kueue-waiting", f"it waits in queue {queue}", WAIT)
+
+
+def _not_admitted(queue: str, reason: str, said: str) -> Answer:
+    what = f"queue {queue}: {said or reason}"
+    if reason in ("Inadmissible", "Misconfigured", "Suspended"):
+        do = "see that queue, ClusterQueue and flavors are there and active: it starts by itself"
+        return Answer("kueue-inadmissible", what, do)
+    if reason == "Preempted":
+        do = f"{WAIT} when quota is free, and goes on from its checkpoint"
+        return Answer("kueue-preempted", what, do)
+    if "maximum capacity" in said:
+        do = "it can't start so: ask for less in the cluster file, or for more quota"
+        return Answer("kueue-quota", what, do)
+    do = f"{WAIT} when quota is free; or ask for less, or more quota"
+    return Answer("kueue-quota", what, do)
 
 
 def _workload_condition(workload: Object, kind: str, status: str) -> Object | None:

@@ -76,6 +76,24 @@ tool() {
     scratch module_and_build "$out" "$version" "$package" "${4:-}"
 }
 
+# Kueue is built in its own module, by the sums that it ships; beside it, what its release installs.
+kueue_and_build() {
+    local out=$1 version=$2 from
+    from=$(retry go mod download -json "sigs.k8s.io/kueue@$version" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
+    [[ -d $from ]] || die "the module proxy has no sigs.k8s.io/kueue $version"
+    cp -r "$from/." . && chmod -R u+w .
+    "$tools/bin/kustomize" build config/default >"$out.yaml"
+    build "$out" "$version" ./cmd/kueue "-X sigs.k8s.io/kueue/pkg/version.GitVersion=$version"
+}
+
+kueue() {
+    local version=$1 out=$tools/bin/kueue
+    built "$out" "$version" && return
+    one kustomize
+    need_go
+    scratch kueue_and_build "$out" "$version"
+}
+
 # Kubernetes' own go.mod replaces its staging modules by folders, which a dependency cannot have:
 # each is replaced by what is published of it under the matching 0.x version instead.
 kubernetes_module() {
@@ -121,6 +139,7 @@ one() {
     etcd) tool etcd v3.6.16 go.etcd.io/etcd/server/v3 ;;
     kustomize) tool kustomize v5.8.1 sigs.k8s.io/kustomize/kustomize/v5 ;;
     toxiproxy) tool toxiproxy v2.5.0 github.com/Shopify/toxiproxy/v2/cmd/server ;;
+    kueue) kueue v0.19.2 ;;
     kwok) tool kwok v0.8.0 sigs.k8s.io/kwok/cmd/kwok ;;
     registry) tool registry v3.1.2 github.com/distribution/distribution/v3/cmd/registry ;;
     node) # everything that `make test-node` needs
@@ -139,8 +158,9 @@ one() {
         for version in "${MINORS[@]}"; do
             kubernetes "$version" kube-apiserver kube-controller-manager kube-scheduler
         done
+        one kueue
         ;;
-    *) die "no such part: $1 (control-plane, node, etcd, kustomize, toxiproxy, kwok, registry)" ;;
+    *) die "no such part: $1 (control-plane, node, etcd, kueue, kustomize, toxiproxy, kwok, registry)" ;;
     esac
 }
 

@@ -334,6 +334,14 @@ CASES: dict[str, tuple[Facts, str, str]] = {
         KUEUE,
         "quota",
     ),
+    "kueue-inadmissible": (
+        _facts(
+            _job(suspend=True, queued=True),
+            workload=_workload(CONDITION, "False", "Inadmissible", "LocalQueue x doesn't exist"),
+        ),
+        "LocalQueue x doesn't exist",
+        "there and active",
+    ),
     "kueue-preempted": (
         _facts(
             _job(suspend=True, queued=True),
