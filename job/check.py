@@ -61,7 +61,7 @@ def check(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
     findings, progress = Findings(), Progress()
     report: dict[str, Any] = {"name": job.name, "run": job.run_name, "device": job.device}
     findings.attempt("store", lambda: _store(job, stop))
-    findings.attempt("hub", lambda: _hub(job, stop, progress))
+    findings.attempt("hub", lambda: _hub(job, stop))
     with tempfile.TemporaryDirectory(prefix="lora-job-check-") as scratch:
         folder = Path(scratch)
         sources = _Sources(job, folder, stop, progress)
@@ -98,10 +98,10 @@ def _store(job: JobConfig, stop: Stop) -> None:
         next(iter(patient.list(f"{job.name}/")), None)
 
 
-def _hub(job: JobConfig, stop: Stop, progress: Progress) -> None:
+def _hub(job: JobConfig, stop: Stop) -> None:
     from job.hub import check_access
 
-    check_access(job.publish.hub, stop=stop, progress=progress)
+    check_access(job.publish.hub, stop=stop)
 
 
 @dataclass(slots=True)
@@ -118,14 +118,13 @@ class _Sources:
     def one(self, name: str, uri: str, kind: Any) -> Source:
         """Bring one source here."""
         from job.pull import base_dtype, pull_one, resolve
-        from job.pull.pin import Hashes, Means
+        from job.pull.pin import Hashes
 
         place = self.folder / name
-        means = Means(Hashes(self.folder / "hashes.json"), self.stop, self.progress)
         local = _in_place(uri) if kind == "model" else None
         if local is not None:
             return local
-        pin = resolve(uri, kind, means)
+        pin = resolve(uri, kind, Hashes(self.folder / "hashes.json", self.stop))
         if uri.startswith(("hf://", "s3://")):
             self.downloads[name] = pin.size_bytes
         return pull_one(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +14,9 @@ import structlog
 from job.config import HubSection
 from job.errors import ExitCode, JobError
 from job.files import list_files, sha256_file
-from job.progress import Progress
 from job.retry import TransientError, retry
 from job.stop import Stop
+from job.store.transfer import each
 
 log = structlog.get_logger()
 
@@ -117,33 +116,16 @@ def _reset_s(headers: Any) -> float:
     return float(after) if after.isdigit() else 0.0
 
 
-def interruptible(call: Callable[[], T], *, stop: Stop, progress: Progress) -> T:
+def interruptible(call: Callable[[], T], *, stop: Stop) -> T:
     """Return ``call()``, but raise as soon as a stop is asked for, whatever it waits for.
 
     The client sleeps inside its own calls (a 429 may ask for minutes), where it hears nothing. It
-    is left behind in a daemon thread: what it may still do is one whole commit, or nothing.
+    is left behind in its thread: what it may still do is one whole commit, or nothing.
     """
-    result: list[T] = []
-    errors: list[BaseException] = []
-    over = threading.Event()
-
-    def body() -> None:
-        try:
-            result.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised again by the caller
-            errors.append(error)
-        over.set()
-
-    threading.Thread(target=body, daemon=True, name="hub").start()
-    while not over.wait(0.2):
-        stop.check()
-        progress.update()
-    if errors:
-        raise errors[0]
-    return result[0]
+    return each(lambda _, __: call(), [None], stop=stop)[0]
 
 
-def check_access(section: HubSection, *, stop: Stop, progress: Progress) -> None:
+def check_access(section: HubSection, *, stop: Stop) -> None:
     """Make sure, before any GPU time, that a token is there and the Hub takes it.
 
     Raises:
@@ -153,28 +135,18 @@ def check_access(section: HubSection, *, stop: Stop, progress: Progress) -> None
         return
 
     def ask() -> None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            what, do = "needs a token, and there is none", "set HF_TOKEN to a token that may write"
+            raise JobError(ExitCode.NOT_ALLOWED, "publish.hub", what, do)
         with hub_errors("publish.hub"):
-            if api().token is None and not _has_token():
-                raise JobError(
-                    ExitCode.NOT_ALLOWED,
-                    "publish.hub",
-                    "needs a token, and there is none",
-                    "set HF_TOKEN to a token that may write",
-                )
             api().whoami()
 
-    retry("publish.hub", lambda: interruptible(ask, stop=stop, progress=progress), stop=stop)
+    retry("publish.hub", lambda: interruptible(ask, stop=stop), stop=stop)
 
 
-def _has_token() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
-def publish_folder(
-    repo_id: str, folder: Path, *, private: bool, message: str, stop: Stop, progress: Progress
-) -> str:
+def publish_folder(repo_id: str, folder: Path, *, private: bool, message: str, stop: Stop) -> str:
     """Bring a model repository's head to the files of ``folder``, in one commit; return it.
 
     What is there already is not committed again, so that a lost answer to our own success, or a
@@ -192,7 +164,7 @@ def publish_folder(
             return _one_commit(repo_id, files, private=private, message=message)
 
     # A head that moves all the time ends at the deadline, like a busy server.
-    commit = retry(where, lambda: interruptible(attempt, stop=stop, progress=progress), stop=stop)
+    commit = retry(where, lambda: interruptible(attempt, stop=stop), stop=stop)
     retry(where, lambda: _verify(repo_id, commit, files), stop=stop)
     log.info("hub_published", repository=repo_id, commit=commit, num_files=len(files))
     return commit
@@ -219,8 +191,9 @@ class _Local:
         return bool(remote.blob_id == self.git_sha1())
 
 
-def _tree(repo_id: str, commit: str) -> dict[str, Any]:
-    entries = api().list_repo_tree(repo_id, recursive=True, revision=commit)
+def tree(repo_id: str, commit: str, *, repo_type: str = "model") -> dict[str, Any]:
+    """Return the Hub's entry of each file of a commit."""
+    entries = api().list_repo_tree(repo_id, repo_type=repo_type, revision=commit, recursive=True)
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
@@ -231,7 +204,7 @@ def _one_commit(repo_id: str, files: dict[str, _Local], *, private: bool, messag
     hub = api()
     hub.create_repo(repo_id, private=private, exist_ok=True)
     head = str(hub.repo_info(repo_id, revision="main").sha)
-    there = _tree(repo_id, head)
+    there = tree(repo_id, head)
     changed = {name: file for name, file in files.items() if not file.equals(there.get(name))}
     stale = [name for name in there if name.endswith(WEIGHTS) and name not in files]
     if not changed and not stale:
@@ -252,7 +225,7 @@ def _one_commit(repo_id: str, files: dict[str, _Local], *, private: bool, messag
 
 def _verify(repo_id: str, commit: str, files: dict[str, _Local]) -> None:
     with hub_errors(f"hf://{repo_id}@{commit}"):
-        there = _tree(repo_id, commit)
+        there = tree(repo_id, commit)
     wrong = [name for name, file in files.items() if not file.equals(there.get(name))]
     if wrong:
         raise JobError(

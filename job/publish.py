@@ -240,7 +240,6 @@ def _to_hub(context: Context, folders: dict[str, Path], version: str) -> dict[st
             private=hub.private,
             message=f"{context.job.name} {version}",
             stop=context.stop,
-            progress=context.progress,
         )
         for part, repo_id in wanted
         if repo_id is not None

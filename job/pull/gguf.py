@@ -19,23 +19,31 @@ Dtype = Literal["float32", "bfloat16"]
 SHARD_SIZE = "5GB"
 
 
-def convert(gguf_file: Path, folder: Path, *, dtype: Dtype, stop: Stop) -> None:
+def convert(
+    gguf_file: Path, folder: Path, *, dtype: Dtype, stop: Stop, weights: bool = True
+) -> None:
     """Write a GGUF's model and tokenizer, its chat template included, into ``folder``.
+
+    Without ``weights``, only the model's config.
 
     Raises:
         JobError: 65 for an architecture or a quantisation that transformers can't read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     log.info("gguf_unpacked", file=gguf_file.name, dtype=dtype, size_bytes=gguf_file.stat().st_size)
     with _read_once():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                **where,
-                dtype=getattr(torch, dtype),
-                quantization_config=GgufConfig(dequantize=True),
+            model = (
+                AutoModelForCausalLM.from_pretrained(
+                    **where,
+                    dtype=getattr(torch, dtype),
+                    quantization_config=GgufConfig(dequantize=True),
+                )
+                if weights
+                else AutoConfig.from_pretrained(**where)
             )
             stop.check()
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -44,7 +52,7 @@ def convert(gguf_file: Path, folder: Path, *, dtype: Dtype, stop: Stop) -> None:
             what, do = f"can't be read by transformers: {said}", "use the model's safetensors"
             raise JobError(ExitCode.DATA, gguf_file.name, what, do) from error
     stop.check()
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    model.save_pretrained(folder, **({"max_shard_size": SHARD_SIZE} if weights else {}))
     tokenizer.save_pretrained(folder)
 
 

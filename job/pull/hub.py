@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from job.files import list_files
-from job.hub import api, hub_errors, interruptible
+from job.hub import api, hub_errors, interruptible, tree
 from job.pull.file import pinned
-from job.pull.pin import Means, Pin, PinnedFile, SourceKind, not_found
+from job.pull.pin import Hashes, Pin, PinnedFile, SourceKind, not_found
 from job.pull.select import card_of, selected
 from job.pull.transfer import Opener, RestartError
 from job.retry import retry
@@ -30,21 +30,20 @@ def parse(uri: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
+def resolve(uri: str, kind: SourceKind, hashes: Hashes) -> Pin:
     """Pin a branch, tag or commit to its commit, with the digests of the files we use.
 
     Raises:
         JobError: 66 no such repository or revision, 77 gated or not allowed, 74 unreachable.
     """
     if offline():
-        return _resolve_offline(uri, kind, means)
+        return _resolve_offline(uri, kind, hashes)
 
     def ask() -> Pin:
         with hub_errors(uri):
             return _resolve_online(uri, kind)
 
-    stop, progress = means.stop, means.progress
-    return retry(uri, lambda: interruptible(ask, stop=stop, progress=progress), stop=stop)
+    return retry(uri, lambda: interruptible(ask, stop=hashes.stop), stop=hashes.stop)
 
 
 def offline() -> bool:
@@ -57,17 +56,14 @@ def offline() -> bool:
 def _resolve_online(uri: str, kind: SourceKind) -> Pin:
     repo_id, revision = parse(uri)
     info = api().repo_info(repo_id, repo_type=REPO_TYPE[kind], revision=revision)
-    entries = api().list_repo_tree(
-        repo_id, repo_type=REPO_TYPE[kind], revision=info.sha, recursive=True
-    )
-    tree = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+    there = tree(repo_id, info.sha, repo_type=REPO_TYPE[kind])
     card = info.card_data.to_dict() if info.card_data is not None else {}
     licence = card.get("license")
     return Pin(
         uri=f"hf://{repo_id}@{info.sha}",
         revision=info.sha,
         license=str(licence) if licence else None,
-        files={name: _pinned(tree[name]) for name in _wanted(list(tree), kind, card, uri)},
+        files={name: _pinned(there[name]) for name in _wanted(list(there), kind, card, uri)},
     )
 
 
@@ -109,12 +105,11 @@ def _train_patterns(card: dict[str, Any]) -> list[str]:
     return paths
 
 
-def _resolve_offline(uri: str, kind: SourceKind, means: Means) -> Pin:
+def _resolve_offline(uri: str, kind: SourceKind, hashes: Hashes) -> Pin:
     folder = _snapshot(uri, kind)
     repo_id, _ = parse(uri)
-    revision = folder.name
-    name = f"hf://{repo_id}@{revision}"
-    pin = pinned(folder, name, kind, means, where=uri, revision=revision)
+    name = f"hf://{repo_id}@{folder.name}"
+    pin = pinned(folder, name, kind, hashes, where=uri, revision=folder.name)
     wanted = set(_wanted(list_files(folder), kind, card_of(folder), uri))
     return pin.only(lambda file: file in wanted)
 
@@ -126,17 +121,14 @@ def _snapshot(uri: str, kind: SourceKind) -> Path:
 
     repo_id, revision = parse(uri)
     try:
-        return Path(
-            snapshot_download(
-                repo_id, repo_type=REPO_TYPE[kind], revision=revision, local_files_only=True
-            )
+        found = snapshot_download(
+            repo_id, repo_type=REPO_TYPE[kind], revision=revision, local_files_only=True
         )
     except LocalEntryNotFoundError:
-        raise not_found(
-            uri,
-            "is not in this machine's cache, and HF_HUB_OFFLINE is set",
-            "download it once with the network, or unset HF_HUB_OFFLINE",
-        ) from None
+        what = "is not in this machine's cache, and HF_HUB_OFFLINE is set"
+        do = "download it once with the network, or unset HF_HUB_OFFLINE"
+        raise not_found(uri, what, do) from None
+    return Path(found)
 
 
 def place(pin: Pin, kind: SourceKind) -> Path | Opener:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from job.files import safe_relative
 from job.pull.file import pinned
-from job.pull.pin import Means, Pin, SourceKind, not_found
+from job.pull.pin import Hashes, Pin, SourceKind, not_found
 
 
-def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
+def resolve(uri: str, kind: SourceKind, hashes: Hashes) -> Pin:
     """Pin ``package:name/file`` by the package's version and the sha256.
 
     Raises:
@@ -19,7 +19,7 @@ def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
     """
     path = locate(uri)
     version, licence = _distribution(_split(uri)[0])
-    pin = pinned(path, uri, kind, means, where=uri, revision=version)
+    pin = pinned(path, uri, kind, hashes, where=uri, revision=version)
     return pin.model_copy(update={"license": pin.license or licence})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 
 from job.errors import ExitCode, JobError
 from job.files import fingerprint, sha256_file, write_json
-from job.progress import Progress
 from job.stop import Stop
 
 SourceKind = Literal["model", "data"]
@@ -66,34 +64,20 @@ class Hashes:
     A folder of base weights that is used in place is hashed once, not by every attempt.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, stop: Stop) -> None:
+        self._path, self.stop = path, stop
         self._known: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
             self._known = json.loads(path.read_bytes())
 
-    def sha256(self, path: Path, *, tick: Callable[[], None] = lambda: None) -> str:
+    def sha256(self, path: Path) -> str:
         """Return the file's sha256, read again only if the file has changed."""
         stat = path.stat()
         key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
         if key not in self._known:
-            self._known[key] = sha256_file(path, tick=tick)
+            self._known[key] = sha256_file(path, tick=self.stop.check)
             write_json(self._path, self._known)
         return self._known[key]
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What every kind of source resolves with."""
-
-    hashes: Hashes
-    stop: Stop
-    progress: Progress
-
-    def tick(self) -> None:
-        """Hear a stop, and say that we live; called between pieces of work."""
-        self.stop.check()
-        self.progress.update()
 
 
 def not_found(where: str, what: str, do: str) -> JobError:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from job.pull.pin import Means, Pin, PinnedFile, SourceKind, not_found
+from job.pull.pin import Hashes, Pin, PinnedFile, SourceKind, not_found
 from job.pull.select import selected
-from job.pull.transfer import NUM_STREAMS, Opener, RestartError
+from job.pull.transfer import Opener, RestartError
 from job.retry import retry
+from job.stop import Stop
 from job.store.s3_client import MissingError, PreconditionError, make_client, s3_errors
+from job.store.transfer import each
 
 STREAM_BYTES = 1 << 20
 
@@ -36,7 +37,7 @@ def parse(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
+def resolve(uri: str, kind: SourceKind, hashes: Hashes) -> Pin:
     """Pin each object by its version id if the bucket keeps versions, and by its ETag anyhow.
 
     Raises:
@@ -45,28 +46,27 @@ def resolve(uri: str, kind: SourceKind, means: Means) -> Pin:
 
     def ask() -> Pin:
         with _errors(uri):
-            return _resolve(uri, kind, make_client(), means)
+            return _resolve(uri, kind, make_client(), hashes.stop)
 
-    return retry(uri, ask, stop=means.stop)
+    return retry(uri, ask, stop=hashes.stop)
 
 
-def _resolve(uri: str, kind: SourceKind, s3: Any, means: Means) -> Pin:
+def _resolve(uri: str, kind: SourceKind, s3: Any, stop: Stop) -> Pin:
     bucket, key = parse(uri)
-    keys = _listed(s3, bucket, key, means)
+    keys = _listed(s3, bucket, key, stop)
     if not keys:
         raise not_found(uri, "holds no objects", "see bucket, prefix and AWS_ENDPOINT_URL")
     names = selected(keys, kind, where=uri)
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        files = list(pool.map(lambda name: _pinned(s3, bucket, keys[name]), names))
+    files = each(lambda name, _: _pinned(s3, bucket, keys[name]), names, stop=stop)
     return Pin(uri=uri, files=dict(zip(names, files, strict=True)))
 
 
-def _listed(s3: Any, bucket: str, key: str, means: Means) -> dict[str, str]:
+def _listed(s3: Any, bucket: str, key: str, stop: Stop) -> dict[str, str]:
     """Return name → key: the one object, or those below the prefix."""
     prefix = key if key.endswith("/") else f"{key}/"
     found: dict[str, str] = {}
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
-        means.tick()
+        stop.check()
         for item in page.get("Contents", []):
             if item["Key"] == key:
                 return {key.rpartition("/")[2]: key}

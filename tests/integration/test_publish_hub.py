@@ -17,7 +17,6 @@ from hubserver import Fault, Hub
 from job.config import HubSection
 from job.errors import ExitCode, JobError
 from job.hub import check_access, publish_folder
-from job.progress import Progress
 from job.stop import Stop, preempted
 
 REPO = "org/adapter"
@@ -43,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 def published(folder: Path, stop: Stop | None = None, **more: Any) -> str:
     options: dict[str, Any] = {"private": True, "message": "tiny v1", **more}
-    return publish_folder(REPO, folder, stop=stop or Stop(), progress=Progress(), **options)
+    return publish_folder(REPO, folder, stop=stop or Stop(), **options)
 
 
 def num_commits(hub: Hub) -> int:
@@ -168,13 +167,13 @@ def test_access_is_checked_before_any_work(
     """No token, or one that the Hub does not take, is code 77 at the start."""
     hubserver.hub_environment(hub, monkeypatch, token=token)
     with pytest.raises(JobError) as caught:
-        check_access(HubSection(adapter=REPO), stop=Stop(), progress=Progress())
+        check_access(HubSection(adapter=REPO), stop=Stop())
     assert caught.value.code is ExitCode.NOT_ALLOWED
 
 
 def test_a_job_without_the_hub_asks_it_nothing(hub: Hub) -> None:
     """No repository in the job file, no request."""
-    check_access(HubSection(), stop=Stop(), progress=Progress())
+    check_access(HubSection(), stop=Stop())
     assert hub.requests == []
 
 

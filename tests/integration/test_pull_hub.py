@@ -19,7 +19,7 @@ from hubserver import Fault, Hub
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.pull import pull_one, resolve
-from job.pull.pin import Hashes, Means, Pin, SourceKind
+from job.pull.pin import Hashes, Pin, SourceKind
 from job.stop import Stop, preempted
 
 MODEL = "hf://org/model"
@@ -40,7 +40,7 @@ def pulled(
 
 
 def pin_of(uri: str, folder: Path, kind: SourceKind = "model") -> Pin:
-    return resolve(uri, kind, Means(Hashes(folder / "hashes.json"), Stop(), Progress()))
+    return resolve(uri, kind, Hashes(folder / "hashes.json", Stop()))
 
 
 def refusal(uri: str, folder: Path, kind: SourceKind = "model") -> JobError:
@@ -335,11 +335,10 @@ def test_a_disk_that_fills_up_is_out_of_resources(hub: Hub, tmp_path: Path) -> N
     assert "full" in str(error)
 
 
-def test_progress_tells_bytes(hub: Hub, tmp_path: Path) -> None:
-    """The run's progress shows what came of what there is."""
-    files = sources.model_files()
-    hub.add("org/model", files)
+def test_progress_tells_how_long(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's progress, and so its head, shows how long the pull will take yet."""
+    hub.add("org/model", sources.model_files())
+    monkeypatch.setattr("job.store.transfer.SAY_EVERY_S", 0)
     progress = Progress()
     pull_one(MODEL, tmp_path / "x", kind="model", stop=Stop(), progress=progress)
-    figures = progress.snapshot()
-    assert figures["done_bytes"] == figures["size_bytes"] == sum(map(len, files.values()))
+    assert progress.snapshot()["eta_s"] == 0

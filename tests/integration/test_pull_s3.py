@@ -13,7 +13,7 @@ import sources
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.pull import pull_one, resolve
-from job.pull.pin import Hashes, Means, Pin, SourceKind
+from job.pull.pin import Hashes, Pin, SourceKind
 from job.stop import Stop
 
 
@@ -29,7 +29,7 @@ def pulled(uri: str, folder: Path, kind: SourceKind = "model", **more: Any) -> A
 
 
 def pin_of(uri: str, folder: Path, kind: SourceKind) -> Pin:
-    return resolve(uri, kind, Means(Hashes(folder / "hashes.json"), Stop(), Progress()))
+    return resolve(uri, kind, Hashes(folder / "hashes.json", Stop()))
 
 
 def test_a_prefix_is_pulled_whole(seaweed: servers.S3Server, s3_root: str, tmp_path: Path) -> None:

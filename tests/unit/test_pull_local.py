@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.pull import pull_one, resolve
-from job.pull.pin import Hashes, Means, Pin, SourceKind
+from job.pull.pin import Hashes, Pin, SourceKind
 from job.pull.select import check_safetensors, front_matter, selected
 from job.stop import Stop
 
@@ -26,7 +26,7 @@ def pulled(uri: str, folder: Path, kind: SourceKind = "model", **more: Any) -> A
 
 
 def pin_of(uri: str, folder: Path, kind: SourceKind = "model") -> Pin:
-    return resolve(uri, kind, Means(Hashes(folder / "hashes.json"), Stop(), Progress()))
+    return resolve(uri, kind, Hashes(folder / "hashes.json", Stop()))
 
 
 def code_of(uri: str, folder: Path, kind: SourceKind = "model", **more: Any) -> ExitCode:
@@ -66,12 +66,12 @@ def test_hashes_are_remembered_until_a_file_changes(
     """The same size and time is not read again; a new time is."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(sources.ROWS)
-    first = Hashes(tmp_path / "hashes.json").sha256(path)
+    first = Hashes(tmp_path / "hashes.json", Stop()).sha256(path)
     reads: list[Path] = []
     monkeypatch.setattr("job.pull.pin.sha256_file", lambda p, **_: reads.append(p) or "new")
-    assert Hashes(tmp_path / "hashes.json").sha256(path) == first
+    assert Hashes(tmp_path / "hashes.json", Stop()).sha256(path) == first
     os.utime(path, (1, 1))
-    assert Hashes(tmp_path / "hashes.json").sha256(path) == "new"
+    assert Hashes(tmp_path / "hashes.json", Stop()).sha256(path) == "new"
     assert reads == [path]
 
 
