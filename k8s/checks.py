@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from job.config import JobConfig
@@ -13,6 +14,7 @@ from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
 from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import Object
+from k8s.runs import require_namespace
 
 GPU = "nvidia.com/gpu"
 SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "K": 1e3}
@@ -20,7 +22,7 @@ SUFFIXES |= {letter: 1000.0**power for power, letter in enumerate("MGTPE", start
 SUFFIXES |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 
 
-Check = tuple[str, str, Callable[[], Iterator["Finding"]]]
+Check = tuple[str, Callable[[], Iterator["Finding"]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +49,22 @@ def run_checks(
     """Yield the finding of every check, in the order in which a mend helps."""
     pod = pod_of(objects)
     checks: list[Check] = [
-        ("namespace", "get namespaces", lambda: _namespace(cluster, settings)),
-        ("image", "", lambda: _image(settings)),
-        ("store", "", lambda: _store(job, settings)),
-        ("secrets", "get secrets", lambda: _secrets(cluster, settings)),
-        *(_named(cluster, *one) for one in _names(settings)),
-        ("quota", "list resourcequotas", lambda: _quota(cluster, pod)),
-        ("node pool", "list nodes", lambda: _nodes(cluster, pod)),
-        ("dry run", "", lambda: _dry_run(cluster, objects)),
+        ("namespace", lambda: _namespace(cluster, settings)),
+        ("image", lambda: _image(settings)),
+        ("store", lambda: _store(job, settings)),
+        ("secrets", lambda: _secrets(cluster, settings)),
+        *((kind, partial(_exists, cluster, kind, name)) for kind, name in _named(settings)),
+        ("quota", lambda: _quota(cluster, pod)),
+        ("node pool", lambda: _nodes(cluster, pod)),
+        ("dry run", lambda: _dry_run(cluster, objects)),
     ]
-    for name, deed, check in checks:
+    for name, check in checks:
         try:
             yield from check()
         except ForbiddenError as error:
             if name == "dry run":
                 raise
-            yield Finding(name, "not allowed to look", f"your Role may not {deed}", error.do)
+            yield Finding(name, "not allowed to look", f"your Role {error.what}", error.do)
 
 
 def pod_of(objects: list[Object]) -> Object:
@@ -73,12 +75,7 @@ def pod_of(objects: list[Object]) -> Object:
 
 
 def _namespace(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:
-    namespace = cluster.get("Namespace", cluster.namespace)
-    if namespace is None:
-        do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
-        where = f"{cluster.host}: {cluster.namespace}"
-        raise JobError(ExitCode.NOT_FOUND, where, "there is no such namespace", do)
-    labels = namespace["metadata"].get("labels") or {}
+    labels = require_namespace(cluster)["metadata"].get("labels") or {}
     level = labels.get("pod-security.kubernetes.io/enforce", "privileged")
     if settings.cache and settings.cache.host_path and level != "privileged":
         do = "use cache.claim, or a namespace at level privileged"
@@ -136,26 +133,23 @@ def _secret(cluster: Cluster, name: str, keys: list[str]) -> Finding:
     return Finding(check, "ok", f"has {', '.join(keys)}")
 
 
-def _names(settings: ClusterConfig) -> Iterator[tuple[str, str, str | None]]:
-    """Yield what the cluster file names: the check, the kind, the name."""
-    yield "service account", "ServiceAccount", settings.service_account
-    yield "cache", "PersistentVolumeClaim", settings.cache.claim if settings.cache else None
-    yield "priority class", "PriorityClass", settings.priority_class
-    yield "queue", "LocalQueue", settings.queue
+def _named(settings: ClusterConfig) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of what the cluster file names."""
+    named = {
+        "ServiceAccount": settings.service_account,
+        "PersistentVolumeClaim": settings.cache.claim if settings.cache else None,
+        "PriorityClass": settings.priority_class,
+        "LocalQueue": settings.queue,
+    }
+    yield from ((kind, name) for kind, name in named.items() if name)
 
 
-def _named(cluster: Cluster, check: str, kind: str, name: str | None) -> Check:
-    return check, f"get {kind.lower()}s", lambda: _exists(cluster, check, kind, name)
-
-
-def _exists(cluster: Cluster, check: str, kind: str, name: str | None) -> Iterator[Finding]:
-    if name is None:
-        return
+def _exists(cluster: Cluster, kind: str, name: str) -> Iterator[Finding]:
     if cluster.get(kind, name) is None:
         do = f"create it in namespace {cluster.namespace}, or name one that is there"
-        yield Finding(check, "wrong", f"there is no {kind} {name}", do)
+        yield Finding(kind, "wrong", f"there is no {kind} {name}", do)
     else:
-        yield Finding(check, "ok", f"{name} is there")
+        yield Finding(kind, "ok", f"{name} is there")
 
 
 def demand(pod: Object) -> dict[str, float]:

@@ -60,7 +60,7 @@ class _Born:
 @dataclass(frozen=True, slots=True)
 class _Page:
     metadata: Object
-    items: list[_Born]
+    items: list[_Born] | None
 
 
 _PAGE = TypeAdapter(_Page)
@@ -72,7 +72,7 @@ def _births(data: bytes) -> Object:
     Nine tenths of an object's metadata say who set which field: this parser makes no objects of it.
     """
     page = _PAGE.validate_json(data)
-    born = [(it.created, it.name) for it in page.items]
+    born = [(it.created, it.name) for it in page.items or []]
     return {"metadata": page.metadata, "items": born}
 
 

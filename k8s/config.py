@@ -60,7 +60,7 @@ class ClusterConfig(Section):
     memory: Quantity | None = None
     """Request and limit; /dev/shm is a part of it."""
     ephemeral_storage: Quantity | None = None
-    """Local disk for the base, checkpoints and the merged model: `lora-job check` estimates it."""
+    """Request and limit: disk for base, checkpoints and merged model; `lora-job check` estimates it."""
     shm_size: Quantity | None = None
     service_account: Annotated[str, Field(pattern=DNS_NAME)] | None = None
     """For workload identity; its token is not mounted."""

@@ -32,7 +32,7 @@ def connect(*, context: str | None = None, namespace: str | None = None) -> Clus
     paths = _kubeconfigs()
     try:
         if paths:
-            _require_context(paths, context)
+            context, by_itself = _pick_context(paths, context)
             with _plugin_errors_raised():
                 load_kube_config(
                     config_file=os.pathsep.join(map(str, paths)),
@@ -40,7 +40,6 @@ def connect(*, context: str | None = None, namespace: str | None = None) -> Clus
                     client_configuration=configuration,
                     persist_config=False,
                 )
-            by_itself = _namespace_of(paths, context)
         else:
             by_itself = _in_cluster(configuration)
     except (ConfigException, OSError, ValueError) as error:
@@ -90,29 +89,34 @@ def _kubeconfigs() -> list[Path]:
     return found
 
 
-def _require_context(paths: list[Path], context: str | None) -> None:
-    contexts, current = [], None
+def _pick_context(paths: list[Path], context: str | None) -> tuple[str, str | None]:
+    """Return the context to use, by kubectl's rules, and its namespace.
+
+    Raises:
+        JobError: 66 if there is no such context, 78 for a file that is no kubeconfig.
+    """
+    contexts: dict[str, dict[str, Any]] = {}
+    current = None
     for path in paths:
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            contexts = {it["name"]: it["context"] for it in raw.get("contexts") or []} | contexts
+            current = current or raw.get("current-context")
+        except (
+            yaml.YAMLError,
+            UnicodeDecodeError,
+            AttributeError,
+            LookupError,
+            TypeError,
+        ) as error:
             do = "mend it, or write it anew with your provider's get-credentials"
-            raise JobError(ExitCode.CONFIG, str(path), "is no YAML", do) from error
-        contexts += [it["name"] for it in raw.get("contexts") or []]
-        current = current or raw.get("current-context")
-    if (context or current) not in contexts:
-        what = f"there is no context {context}" if context else "no current context is set"
+            raise JobError(ExitCode.CONFIG, str(path), "is no kubeconfig", do) from error
+    name = context or current
+    if name not in contexts:
+        what = f"there is no context {name}" if name else "no current context is set"
         do = f"use one of: {', '.join(contexts) or 'none is there'}"
         raise JobError(ExitCode.NOT_FOUND, str(paths[0]), what, do)
-
-
-def _namespace_of(paths: list[Path], context: str | None) -> str | None:
-    for path in paths:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for item in raw.get("contexts") or []:
-            if item["name"] == (context or raw.get("current-context")):
-                return item["context"].get("namespace")
-    return None
+    return name, contexts[name].get("namespace")
 
 
 def _in_cluster(configuration: Any) -> str | None:

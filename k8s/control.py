@@ -35,11 +35,14 @@ def wait(
         if time.monotonic() > give_up:
             do = f"wait again, or see `lora-job why {name}`"
             raise JobError(ExitCode.STORE, name, f"is not over after {timeout_s:.0f} s", do)
-    return until(
-        lambda: find(cluster, name, store=store, now=time.time()),
-        wait=stop.wait,
-        allowed_before=True,
-    )
+    return _found(cluster, name, store, stop)
+
+
+def _found(cluster: Cluster, name: str, store: str | None, stop: Stop) -> Run:
+    def look() -> Run:
+        return find(cluster, name, store=store, now=time.time())
+
+    return until(look, wait=stop.wait, allowed_before=True)
 
 
 def cancel(cluster: Cluster, name: str, *, now: bool, stop: Stop, say: Say) -> Run | None:
@@ -60,11 +63,7 @@ def cancel(cluster: Cluster, name: str, *, now: bool, stop: Stop, say: Say) -> R
         _suspend(cluster, job)
         say("asked it to save a checkpoint and end")
         _await_pods(cluster, name, stop)
-        run = until(
-            lambda: find(cluster, name, store=None, now=time.time()),
-            wait=stop.wait,
-            allowed_before=True,
-        )
+        run = _found(cluster, name, None, stop)
     cluster.delete("Job", name, propagation="Background")
     return run
 

@@ -29,6 +29,8 @@ class Facts:
     """Events of the Job and of these pods, newest first."""
     workload: Object | None = None
     """Kueue's view of the Job."""
+    cordoned: list[str] = field(default_factory=list)
+    """Nodes that take no new pods; empty too where the Role may not look at nodes."""
     holders: list[str] = field(default_factory=list)
     """Other runs of this namespace whose pods run now."""
 
@@ -77,6 +79,7 @@ def gather(cluster: Cluster, name: str, *, store: str | None) -> Facts:
         pods,
         sorted(events, key=_when, reverse=True),
         workload_of(cluster, job) if job else None,
+        [] if run.is_over else allowed(lambda: _cordoned(cluster), []),
         [] if run.is_over else allowed(lambda: _holders(cluster, name), []),
     )
 
@@ -99,6 +102,11 @@ def _when(event: Object) -> str:
         or event.get("eventTime")
         or event["metadata"].get("creationTimestamp", "")
     )
+
+
+def _cordoned(cluster: Cluster) -> list[str]:
+    nodes = cluster.list("Node", fieldSelector="spec.unschedulable=true")
+    return [node["metadata"]["name"] for node in nodes]
 
 
 def _holders(cluster: Cluster, name: str) -> list[str]:

@@ -37,6 +37,19 @@ def refused_pod(facts: Facts) -> Answer | None:
 # There is a pod, and it does not start
 
 
+def node_lost(facts: Facts) -> Answer | None:
+    """Nobody hears from the pod's node: it may be dead, and the pod may still write."""
+    if facts.run.state != "lost" or facts.pod is None:
+        return None
+    node = facts.pod["spec"].get("nodeName", "?")
+    what = f"nobody hears from node {node}, so nobody knows whether its pod has ended"
+    do = (
+        f"wait if it comes back; if it is dead: kubectl delete node {node} (or kubectl taint node "
+        f"{node} node.kubernetes.io/out-of-service=dead:NoExecute), and the run goes on elsewhere"
+    )
+    return Answer("node-lost", what, do)
+
+
 def leaving(facts: Facts) -> Answer | None:
     """The pod before is still ending, perhaps on a node that is dead."""
     stuck = [pod for pod in facts.pods if pod["metadata"].get("deletionTimestamp")]
@@ -147,19 +160,18 @@ def _shortage(facts: Facts, said: str) -> Answer | None:
         return None
     cause, noun, do = named
     held = f" ({', '.join(facts.holders)} runs now)" if facts.holders and cause == "gpus" else ""
-    asked = f"{facts.run.gpus} " if cause == "gpus" else ""
+    asked = f", it asks for {facts.run.gpus}" if cause == "gpus" else ""
     grows = facts.said("NotTriggerScaleUp")
     stuck = f"; the autoscaler adds none: {grows}" if grows else ""
-    return Answer(
-        cause,
-        f"not enough free {noun}{held}, it asks for {asked or 'more'}: {said}{stuck}".replace(
-            "it asks for more: ", ""
-        ),
-        do,
-    )
+    return Answer(cause, f"not enough free {noun}{held}{asked}: {said}{stuck}", do)
 
 
 def _no_node(facts: Facts, said: str) -> Answer | None:
+    if "were unschedulable" in said:
+        names = " ".join(facts.cordoned)
+        what = f"nodes that may fit are cordoned{f' ({names})' if names else ''}: {said}"
+        do = f"wait for new nodes, or put them back: kubectl uncordon {names or 'NODE'}"
+        return Answer("cordoned", what, do)
     taint = re.search(r"untolerated taint\(?s?\)? ?\{([^}]*)\}", said)
     selector = (facts.pod or {}).get("spec", {}).get("nodeSelector") or {}
     labels = ", ".join(f"{key}={value}" for key, value in selector.items())

@@ -41,9 +41,12 @@ def raise_refusal(
         raise JobError(ExitCode.NOT_ALLOWED, where, "the credentials are expired or refused", do)
     if status == 403 and "quota" in message:
         raise JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
+    if status == 403 and deed.endswith(("nodes", "priorityclasses")):
+        do = "it goes without; k8s/manifests/setup/look has a ClusterRole for it"
+        raise ForbiddenError(ExitCode.NOT_ALLOWED, where, f"may not {deed}", do)
     if status == 403:
         what = f"may not {deed} in namespace {namespace}"
-        do = f"add this verb and resource to your Role (k8s/manifests/setup): {deed}"
+        do = f"see that this namespace is meant, or add to your Role (k8s/manifests/setup): {deed}"
         raise ForbiddenError(ExitCode.NOT_ALLOWED, where, what, do)
     if status == 404 and "namespaces" in message:
         do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"

@@ -208,7 +208,7 @@ def _resources(cluster: ClusterConfig) -> Object:
     if cluster.memory:
         requests["memory"] = limits["memory"] = cluster.memory
     if cluster.ephemeral_storage:
-        requests["ephemeral-storage"] = cluster.ephemeral_storage
+        requests["ephemeral-storage"] = limits["ephemeral-storage"] = cluster.ephemeral_storage
     return {"requests": requests, "limits": limits}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from job.errors import ExitCode, JobError, name_of
 from k8s.cluster import Cluster
+from k8s.refusals import ForbiddenError
 from k8s.render import JOB_NAME, PRICE, QUEUE, SELECTOR, SINGLE_WRITER, STORE, Object
 from k8s.stored import Stored, read_run
 
@@ -40,7 +42,7 @@ class Run:
 
     name: str
     state: str
-    """pending, queued, running, suspended, ending, succeeded, failed, or unknown."""
+    """pending, queued, running, lost, suspended, ending, succeeded, failed, or unknown."""
     job_name: str = ""
     namespace: str = ""
     created: float | None = None
@@ -143,9 +145,16 @@ def state_of(job: Object, pods: Iterable[Object]) -> str:
         return "ending"
     if job["spec"].get("suspend"):
         return "queued" if QUEUE in job["metadata"].get("labels", {}) else "suspended"
-    if any("running" in container(pod).get("state", {}) for pod in pods):
-        return "running"
-    return "pending"
+    running = [pod for pod in pods if "running" in container(pod).get("state", {})]
+    if not running:
+        return "pending"
+    return "lost" if all(map(_is_lost, running)) else "running"
+
+
+def _is_lost(pod: Object) -> bool:
+    """Return whether the control plane wrote the pod off, which its silent node calls running."""
+    conditions = pod["status"].get("conditions") or []
+    return any(one["type"] == "Ready" and one["status"] == "False" for one in conditions)
 
 
 def gpus_of(job: Object) -> int:
@@ -256,20 +265,15 @@ def find(cluster: Cluster, name: str, *, store: str | None, now: float) -> Run:
             note = f"the store was not read: {error}"
     if job is None and not stored.head:
         raise missing(cluster, name, looked_in_store=uri is not None)
-    run = assemble(name, job, pods, stored, now=now)
-    return _with(run, note=note, store=uri)
-
-
-def _with(run: Run, **changes: Any) -> Run:
-    from dataclasses import replace
-
-    return replace(run, **changes)
+    return replace(assemble(name, job, pods, stored, now=now), note=note, store=uri)
 
 
 def missing(cluster: Cluster, name: str, *, looked_in_store: bool = False) -> JobError:
     """Return the error for a run that is not there, with the names that are near."""
     import difflib
 
+    with contextlib.suppress(ForbiddenError):
+        require_namespace(cluster)
     rows = cluster.list("Job", labelSelector=SELECTOR, limit=500)
     near = difflib.get_close_matches(name, [row["metadata"]["name"] for row in rows], n=3)
     do = f"did you mean {', '.join(near)}?" if near else "see `lora-job list`"
@@ -277,6 +281,20 @@ def missing(cluster: Cluster, name: str, *, looked_in_store: bool = False) -> Jo
         do += "; if its Job was cleaned up, name its store with --store"
     where = f"{cluster.namespace}/{name}"
     return JobError(ExitCode.NOT_FOUND, where, "there is no such run", do)
+
+
+def require_namespace(cluster: Cluster) -> Object:
+    """Return the namespace itself: to ask for what is in one that is not there is no error.
+
+    Raises:
+        JobError: 66.
+    """
+    namespace = cluster.get("Namespace", cluster.namespace)
+    if namespace is None:
+        do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
+        where = f"{cluster.host}: {cluster.namespace}"
+        raise JobError(ExitCode.NOT_FOUND, where, "there is no such namespace", do)
+    return namespace
 
 
 def utc(stamp: float | None) -> str:

@@ -9,13 +9,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
-from k8s.checks import Finding, run_checks
+from k8s.checks import run_checks
 from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
 from k8s.refusals import AlreadyExistsError
 from k8s.render import APP, CONFIG, MANAGED_BY, SCHEDULE, Object, cron_objects
-from k8s.status import describe_cronjob
-from k8s.submit import Say, ensure_config, own, refuse_wrong, sweep
+from k8s.runs import seconds
+from k8s.submit import Say, ensure_config, ours, own, refuse_wrong, sweep
 
 MACROS = {
     "@hourly": "0 * * * *",
@@ -26,8 +26,6 @@ MACROS = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
-NAME_LIMIT = 52
-"""A CronJob's name: its Jobs add ``-`` and the minutes since 1970, and pods 6 more."""
 
 
 def next_times(cron: str, time_zone: str, *, after: datetime, count: int = 3) -> list[datetime]:
@@ -88,20 +86,17 @@ def schedule(
     time_zone: str,
     start_deadline_s: int,
     say: Say,
-) -> tuple[Finding, ...]:
+) -> None:
     """Create the CronJob, or change the one that is there.
 
     Raises:
-        JobError: 78 for what never fires; whatever the cluster refuses.
+        JobError: whatever the cluster refuses; 73 for a CronJob of that name that is not ours.
     """
-    next_times(cron, time_zone, after=datetime.now(UTC))
-    require_name(job.name)
     config, item = cron_objects(
         job, settings, cron=cron, time_zone=time_zone, start_deadline_s=start_deadline_s
     )
-    _ours(cluster, job.name)
-    findings = tuple(run_checks(cluster, settings, job, [config, item]))
-    refuse_wrong(findings, say)
+    ours(cluster, "CronJob", job.name)
+    refuse_wrong(run_checks(cluster, settings, job, [config, item]), say)
     sweep(cluster)
     ensure_config(cluster, config)
     try:
@@ -110,27 +105,6 @@ def schedule(
         owner = cluster.replace(item)
     own(cluster, config["metadata"]["name"], owner)
     _drop_old_configs(cluster, job.name, keep=config["metadata"]["name"])
-    return findings
-
-
-def require_name(name: str) -> None:
-    """Refuse a name that leaves no room for what a CronJob's Jobs and pods add to it.
-
-    Raises:
-        JobError: 78.
-    """
-    if len(name) > NAME_LIMIT:
-        what = f"{name} has {len(name)} characters, a schedule's name at most {NAME_LIMIT}"
-        raise JobError(ExitCode.CONFIG, "name", what, "use a shorter name")
-
-
-def _ours(cluster: Cluster, name: str) -> Object | None:
-    item = cluster.get("CronJob", name)
-    if item and item["metadata"].get("labels", {}).get(MANAGED_BY) != APP:
-        do = "name your job differently, or delete that one"
-        where = f"{cluster.namespace}/{name}"
-        raise JobError(ExitCode.TAKEN, where, "a CronJob of this name is not lora-job's", do)
-    return item
 
 
 def _drop_old_configs(cluster: Cluster, name: str, *, keep: str) -> None:
@@ -153,20 +127,18 @@ def find(cluster: Cluster, name: str) -> Object:
     """
     item = cluster.get("CronJob", name)
     if item is None:
-        names = [it["metadata"]["name"] for it in cluster.list("CronJob", labelSelector=_LABEL)]
+        there = cluster.list("CronJob", labelSelector=f"{MANAGED_BY}={APP}")
+        names = [it["metadata"]["name"] for it in there]
         do = f"use one of: {', '.join(names)}" if names else "make one: --cron and --time-zone"
         where = f"{cluster.namespace}/{name}"
         raise JobError(ExitCode.NOT_FOUND, where, "there is no such schedule", do)
     return item
 
 
-_LABEL = f"{MANAGED_BY}={APP}"
-
-
-def suspend(cluster: Cluster, name: str, *, on: bool) -> Object:
+def suspend(cluster: Cluster, name: str, *, on: bool) -> None:
     """Stop a schedule from firing, or let it fire again."""
     find(cluster, name)
-    return cluster.patch("CronJob", name, {"spec": {"suspend": on}})
+    cluster.patch("CronJob", name, {"spec": {"suspend": on}})
 
 
 def delete(cluster: Cluster, name: str) -> None:
@@ -204,6 +176,15 @@ def run_now(cluster: Cluster, name: str, *, now: float | None = None) -> tuple[s
 
 def describe(item: Object) -> dict[str, Any]:
     """Return a schedule with the times at which it fires next."""
-    about = describe_cronjob(item)
-    times = next_times(about["cron"], about["time_zone"] or "Etc/UTC", after=datetime.now(UTC))
-    return {**about, "next": [] if about["suspended"] else [it.isoformat() for it in times]}
+    spec, status = item["spec"], item.get("status", {})
+    suspended, zone = bool(spec.get("suspend")), spec.get("timeZone", "")
+    times = next_times(spec["schedule"], zone or "Etc/UTC", after=datetime.now(UTC))
+    return {
+        "name": item["metadata"]["name"],
+        "cron": spec["schedule"],
+        "time_zone": zone,
+        "suspended": suspended,
+        "last": seconds(status.get("lastScheduleTime")),
+        "active": [it["name"] for it in status.get("active") or []],
+        "next": [] if suspended else [it.isoformat() for it in times],
+    }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
 from k8s.cluster import Cluster
-from k8s.render import SELECTOR, Object
-from k8s.runs import Run, assemble, observe, seconds, utc
+from k8s.refusals import ForbiddenError
+from k8s.render import SELECTOR
+from k8s.runs import Run, assemble, observe, require_namespace, utc
 from k8s.stored import Stored
 
 
@@ -87,6 +89,9 @@ def list_runs(cluster: Cluster, *, selector: str | None, limit: int) -> list[Run
     """Return the newest runs, newest first."""
     labels = ",".join(filter(None, (SELECTOR, selector)))
     newest = cluster.newest("Job", limit, labelSelector=labels)
+    if not newest:
+        with contextlib.suppress(ForbiddenError):
+            require_namespace(cluster)
     with ThreadPoolExecutor(8) as pool:  # two requests a run, over what may be a long way
         runs = pool.map(lambda name: _light(cluster, name), newest)
         return [run for run in runs if run is not None]
@@ -120,16 +125,3 @@ def print_list(runs: list[Run], out: TextIO, *, now: float) -> None:
     for row in rows:
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
         print(line.rstrip(), file=out)
-
-
-def describe_cronjob(item: Object) -> dict[str, Any]:
-    """Return a CronJob as programs read it."""
-    spec, status = item["spec"], item.get("status", {})
-    return {
-        "name": item["metadata"]["name"],
-        "cron": spec["schedule"],
-        "time_zone": spec.get("timeZone", ""),
-        "suspended": bool(spec.get("suspend")),
-        "last": seconds(status.get("lastScheduleTime")),
-        "active": [it["name"] for it in status.get("active") or []],
-    }

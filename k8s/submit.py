@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from job.config import JobConfig
@@ -23,29 +22,19 @@ Say = Callable[[str], None]
 ORPHAN_S = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """What became of a submission."""
-
-    run: str
-    outcome: Literal["created", "attached", "created again"]
-    findings: tuple[Finding, ...] = ()
-
-
 def submit(
     cluster: Cluster, settings: ClusterConfig, job: JobConfig, run: str, *, stop: Stop, say: Say
-) -> Submitted:
-    """Check, then make sure that the run has exactly one Job.
+) -> Literal["created", "attached", "created again"]:
+    """Check, then make sure that the run has exactly one Job; return what was done for it.
 
     Raises:
         JobError: whatever the cluster refuses; 73 for a Job of that name that is not ours.
     """
     config, manifest = objects(job, settings, run=run)
-    there = _ours(cluster, run)
+    there = _unless_ending(ours(cluster, "Job", run))
     if there is not None and not condition(there, "Failed"):
-        return Submitted(run, "attached")
-    findings = tuple(run_checks(cluster, settings, job, [config, manifest]))
-    refuse_wrong(findings, say)
+        return "attached"
+    refuse_wrong(run_checks(cluster, settings, job, [config, manifest]), say)
     if there is not None:
         say(f"the Job failed before: deleting it, {run} goes on from its checkpoint")
         _delete(cluster, there, stop, say)
@@ -54,36 +43,47 @@ def submit(
     try:
         created = cluster.create(manifest).body
     except AlreadyExistsError:
-        return Submitted(run, "attached", findings)
+        return "attached"
     own(cluster, config["metadata"]["name"], created)
-    return Submitted(run, "created again" if there else "created", findings)
+    return "created again" if there else "created"
 
 
-def refuse_wrong(findings: tuple[Finding, ...], say: Say) -> None:
+def refuse_wrong(findings: Iterable[Finding], say: Say) -> None:
     """Tell all findings that are not plainly ok, and refuse if one is wrong.
 
     Raises:
         JobError: 78 with everything that is wrong.
     """
+    wrong = []
     for one in findings:
-        if one.state in ("warning", "not allowed to look"):
+        if one.state == "wrong":
+            wrong.append(one)
+        elif one.state != "ok":
             say(f"{one.check}: {one.state}: {one.what}; {one.do}")
-    wrong = [one for one in findings if one.state == "wrong"]
     if wrong:
         what = "; ".join(f"{one.check}: {one.what}" for one in wrong)
         raise JobError(ExitCode.CONFIG, "cluster", what, "; ".join(one.do for one in wrong))
 
 
-def _ours(cluster: Cluster, run: str) -> Object | None:
-    job = cluster.get("Job", run)
-    if job and job["metadata"].get("labels", {}).get(MANAGED_BY) != APP:
+def ours(cluster: Cluster, kind: str, name: str) -> Object | None:
+    """Return an object that lora-job made, or None if there is none.
+
+    Raises:
+        JobError: 73 if somebody else made it.
+    """
+    item = cluster.get(kind, name)
+    if item and item["metadata"].get("labels", {}).get(MANAGED_BY) != APP:
         do = "name your job differently, or delete that one"
-        where = f"{cluster.namespace}/{run}"
-        raise JobError(ExitCode.TAKEN, where, "a Job of this name is not lora-job's", do)
+        what = f"a {kind} of this name is not lora-job's"
+        raise JobError(ExitCode.TAKEN, f"{cluster.namespace}/{name}", what, do)
+    return item
+
+
+def _unless_ending(job: Object | None) -> Object | None:
     if job and job["metadata"].get("deletionTimestamp"):
         do = "wait a moment, or see what holds its pod: kubectl get pods"
-        where = f"{cluster.namespace}/{run}"
-        raise JobError(ExitCode.TAKEN, where, "its Job is just being deleted", do)
+        name = job["metadata"]["name"]
+        raise JobError(ExitCode.TAKEN, name, "its Job is just being deleted", do)
     return job
 
 
@@ -123,9 +123,8 @@ def own(cluster: Cluster, config: str, owner: Object) -> None:
     cluster.patch("ConfigMap", config, {"metadata": metadata})
 
 
-def sweep(cluster: Cluster) -> list[str]:
+def sweep(cluster: Cluster) -> None:
     """Delete ConfigMaps whose submitter died before there was a Job; adopt those that have one."""
-    swept = []
     selector = f"{MANAGED_BY}={APP},{OWNED}=false"
     for item in cluster.list("ConfigMap", labelSelector=selector):
         name, created = item["metadata"]["name"], seconds(item["metadata"]["creationTimestamp"])
@@ -134,6 +133,5 @@ def sweep(cluster: Cluster) -> list[str]:
         job = cluster.get("Job", name)
         if job:
             own(cluster, name, job)
-        elif cluster.delete("ConfigMap", name):
-            swept.append(name)
-    return swept
+        else:
+            cluster.delete("ConfigMap", name)

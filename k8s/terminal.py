@@ -64,18 +64,11 @@ def settings_of(arguments: argparse.Namespace) -> ClusterConfig:
     return settings.model_copy(update={key: value for key, value in flags.items() if value})
 
 
-def open_cluster(arguments: argparse.Namespace) -> Cluster:
-    """Open the cluster that the flags name."""
+def open_cluster(named: argparse.Namespace | ClusterConfig) -> Cluster:
+    """Open the cluster that the flags, or the cluster file, name."""
     from k8s.connect import connect
 
-    return connect(context=arguments.context, namespace=arguments.namespace)
-
-
-def cluster_of(settings: ClusterConfig) -> Cluster:
-    """Open the cluster that the cluster file names."""
-    from k8s.connect import connect
-
-    return connect(context=settings.context, namespace=settings.namespace)
+    return connect(context=named.context, namespace=named.namespace)
 
 
 def load(path: Path) -> JobConfig:

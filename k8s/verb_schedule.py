@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from job.errors import ExitCode, JobError
 from k8s.terminal import (
-    cluster_of,
     load,
     new_stop,
     open_cluster,
@@ -36,9 +35,7 @@ def call(arguments: argparse.Namespace) -> int:
             raise JobError(ExitCode.USAGE, "schedule", "--cron needs a job file, not a name", do)
         cluster = _create_schedule(job, arguments)
     else:
-        cluster = (
-            cluster_of(settings_of(arguments)) if arguments.cluster else open_cluster(arguments)
-        )
+        cluster = open_cluster(settings_of(arguments) if arguments.cluster else arguments)
         _change_schedule(cluster, name, arguments)
     if arguments.delete:
         return 0
@@ -55,7 +52,7 @@ def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
 
     stop, settings = new_stop(), settings_of(arguments)
     schedule.next_times(arguments.cron, arguments.time_zone, after=datetime.now(UTC))
-    cluster = cluster_of(settings)
+    cluster = open_cluster(settings)
     schedule.schedule(
         cluster,
         with_grace(job, settings, job.name, say=say),

@@ -7,9 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 from k8s.terminal import (
-    cluster_of,
     load,
     new_stop,
+    open_cluster,
     print_json,
     say,
     settings_of,
@@ -36,7 +36,7 @@ def call(arguments: argparse.Namespace) -> int:
     from k8s.render import objects, run_name
 
     settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
-    cluster, checkpoint_bytes = cluster_of(settings), 0
+    cluster, checkpoint_bytes = open_cluster(settings), 0
     if not arguments.no_data_checks:
         _, manifest = objects(job, settings, run=run_name(job))
         checkpoint_bytes = check_locally(job, pod_of([manifest]), stop=stop, say=say)
@@ -45,11 +45,11 @@ def call(arguments: argparse.Namespace) -> int:
     if not arguments.no_data_checks:
         settings = with_grace(job, settings, run, say=say, checkpoint_bytes=checkpoint_bytes)
     with waiting(f"submitting {run}"):
-        done = submit.submit(cluster, settings, job, run, stop=stop, say=say)
-    say(f"{run}: {done.outcome}; see it: lora-job status {run} -n {cluster.namespace}")
+        outcome = submit.submit(cluster, settings, job, run, stop=stop, say=say)
+    say(f"{run}: {outcome}; see it: lora-job status {run} -n {cluster.namespace}")
     if arguments.follow:
         return _follow(cluster, run, arguments)
-    print_json({"run": run, "outcome": done.outcome}) if wants_json(arguments) else print(run)
+    print_json({"run": run, "outcome": outcome}) if wants_json(arguments) else print(run)
     return 0
 
 

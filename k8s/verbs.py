@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from job.errors import ExitCode, JobError
 from k8s import verb_schedule, verb_submit
 from k8s.terminal import (
-    cluster_of,
     load,
     new_stop,
     open_cluster,
@@ -247,7 +246,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from k8s.render import objects, run_name
 
     settings, job = settings_of(arguments), load(arguments.job)
-    cluster = cluster_of(settings)
+    cluster = open_cluster(settings)
     items = list(objects(job, settings, run=run_name(job)))
     findings = list(run_checks(cluster, settings, job, items))
     if wants_json(arguments):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from job.errors import TABLE
+from job.errors import TABLE, ExitCode
 from k8s import pending
 from k8s.facts import WAIT, Answer, Facts
 from k8s.render import QUEUE, Object
 from k8s.runs import condition, container
+
+NO_PROGRESS = int(ExitCode.NO_PROGRESS)
 
 
 def why(facts: Facts) -> Answer:
@@ -48,23 +50,21 @@ def _deadline(facts: Facts) -> Answer | None:
 
 
 def _oom_killed(facts: Facts) -> Answer | None:
-    last = _ended_pod(facts)
-    if facts.run.state != "failed" or last is None:
+    last = _culprit(facts)
+    if last is None or _terminated(last).get("reason") != "OOMKilled":
         return None
-    if container(last)["state"]["terminated"].get("reason") != "OOMKilled":
-        return None
-    limits = last["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    memory = limits.get("memory", "none")
+    memory = _limit(last, "memory")
     do = "raise memory in the cluster file (shm_size is a part of it), then submit again"
     return Answer("oom-killed", f"the kernel killed it at its memory limit of {memory}", do)
 
 
 def _evicted(facts: Facts) -> Answer | None:
-    last = facts.pod
-    if facts.run.state != "failed" or last is None or last["status"].get("reason") != "Evicted":
+    last = _culprit(facts)
+    if last is None or last["status"].get("reason") != "Evicted":
         return None
     message = " ".join(str(last["status"].get("message", "")).split())
-    do = "raise ephemeral_storage in the cluster file, then submit again"
+    disk = _limit(last, "ephemeral-storage")
+    do = f"raise ephemeral_storage in the cluster file ({disk} now; `lora-job check` estimates it)"
     if "ephemeral" not in message and "disk" not in message.lower():
         do = "submit again: it goes on from its checkpoint"
     return Answer("evicted", f"its node evicted it: {message}", do)
@@ -185,8 +185,20 @@ def _gone(facts: Facts) -> Answer | None:
     return Answer("gone", what, "submit again: it goes on from its checkpoint")
 
 
-def _ended_pod(facts: Facts) -> Object | None:
-    return next((it for it in facts.pods if "terminated" in container(it).get("state", {})), None)
+def _culprit(facts: Facts) -> Object | None:
+    """Return a failed run's newest pod, past one that only said that this goes nowhere (72)."""
+    pods = facts.pods if facts.run.state == "failed" else []
+    return next((it for it in pods if _terminated(it).get("exitCode") != NO_PROGRESS), None)
+
+
+def _terminated(pod: Object) -> Object:
+    found: Object = container(pod).get("state", {}).get("terminated", {})
+    return found
+
+
+def _limit(pod: Object, resource: str) -> str:
+    limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    return str(limits.get(resource, "none"))
 
 
 CAUSES: tuple[Callable[[Facts], Answer | None], ...] = (
@@ -200,6 +212,7 @@ CAUSES: tuple[Callable[[Facts], Answer | None], ...] = (
     _ending,
     _kueue,
     _suspended,
+    pending.node_lost,
     pending.refused_pod,
     pending.leaving,
     pending.container_waits,

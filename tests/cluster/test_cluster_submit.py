@@ -199,6 +199,17 @@ def test_list_finds_the_newest_over_several_pages(
     assert [run["name"] for run in listed] == [name for _, name in sorted(born)[:0:-1]]
 
 
+def test_an_empty_namespace_lists_nothing_and_an_absent_one_is_66(
+    me: Person, controllers: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server itself answers both with an empty list."""
+    assert me.types("list", "--output", "json")[:2] == (0, "[]\n")
+    monkeypatch.setenv("KUBECONFIG", str(controllers.admin))
+    for words in (["list"], ["status", "run"]):
+        code, _, err = me.types(*words, "-n", "nowhere")
+        assert (code, "there is no namespace nowhere" in err) == (66, True)
+
+
 def test_a_second_gpu_job_waits_and_why_names_the_first(
     me: Person, controllers: ControlPlane
 ) -> None:

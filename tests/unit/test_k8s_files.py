@@ -160,13 +160,15 @@ def test_no_such_context(types: Types, tmp_path: Path, monkeypatch: pytest.Monke
     assert "use one of: here" in err
 
 
-def test_a_kubeconfig_that_is_no_yaml(
-    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("text", ["a: [", "hello", "contexts: [1]"])
+def test_a_file_that_is_no_kubeconfig(
+    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """78."""
+    """78, in one line."""
     path = _kubeconfig(tmp_path, monkeypatch)
-    path.write_text("a: [")
-    assert types("list")[0] == 78
+    path.write_text(text)
+    code, _, err = types("list")
+    assert (code, "is no kubeconfig" in err) == (78, True)
 
 
 def test_a_credential_plugin_that_is_not_installed(
@@ -206,6 +208,7 @@ def test_local_data_goes_to_the_store_under_its_content(
     from job.stop import Stop
     from job.store.folder import FolderStore
 
+    (tmp_path / "remote").mkdir()
     remote = FolderStore(tmp_path / "remote", stop=Stop())
     monkeypatch.setattr("job.store.open_store", lambda *_, **__: remote)
     (tmp_path / "held").mkdir()

@@ -48,7 +48,9 @@ class Scripted:  # answers as k8s.cluster.Cluster does
         yield {}
 
     def get(self, kind: str, name: str) -> Object | None:
-        """The Job, or a pod."""
+        """The namespace, the Job, or a pod."""
+        if kind == "Namespace":
+            return {"metadata": {"name": name}}
         if kind == "Job":
             return self.now["job"]
         return next((it for it in self.now["pods"] if it["metadata"]["name"] == name), None)

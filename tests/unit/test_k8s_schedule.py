@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from job.errors import JobError
-from k8s.schedule import next_times, require_name
+from k8s.schedule import next_times
 
 AFTER = datetime(2026, 3, 28, 12, tzinfo=UTC)
 
@@ -62,10 +62,3 @@ def test_a_time_zone_that_does_not_exist(zone: str) -> None:
     with pytest.raises(JobError, match="tz database") as caught:
         next_times("0 2 * * *", zone, after=AFTER)
     assert caught.value.code == 78
-
-
-def test_names_leave_room_for_what_kubernetes_adds() -> None:
-    """A CronJob's name has at most 52 characters."""
-    require_name("a" * 52)
-    with pytest.raises(JobError, match="53 characters"):
-        require_name("a" * 53)

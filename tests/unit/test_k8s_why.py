@@ -116,6 +116,28 @@ CASES: dict[str, tuple[Facts, str, str]] = {
         "raise memory",
     ),
     "killed": (_facts(_job(**LIMIT), _ended(137)), "exit code 137", "checkpoint"),
+    "node-lost": (
+        _facts(
+            _job(),
+            _pod(
+                {"running": {"startedAt": "2026-11-22T02:01:00Z"}},
+                phase="Running",
+                deleting=True,
+                conditions=[{"type": "Ready", "status": "False"}],
+            ),
+        ),
+        "nobody hears from node node-7",
+        "kubectl delete node node-7",
+    ),
+    "cordoned": (
+        _facts(
+            _job(),
+            _unscheduled("0/1 nodes are available: 1 node(s) were unschedulable."),
+            cordoned=["node-7"],
+        ),
+        "cordoned (node-7)",
+        "kubectl uncordon node-7",
+    ),
     "bug": (
         _facts(_job(**LIMIT), _ended(1, message="Traceback\nKeyError: 'x'")),
         "KeyError: 'x'",
@@ -389,3 +411,11 @@ def test_one_plain_answer_and_its_mend(cause: str) -> None:
     assert what in answer.what
     assert do in answer.do
     assert "\n" not in str(answer)
+
+
+def test_no_progress_is_explained_by_what_ended_the_attempts_before() -> None:
+    """72 says that it goes nowhere; the pods before it say why."""
+    job, last = _job(**FAILED), _ended(72)
+    last["metadata"]["creationTimestamp"] = "2026-11-22T02:40:00Z"
+    assert why(_facts(job, last, _ended(137, reason="OOMKilled"))).cause == "oom-killed"
+    assert why(_facts(job, last, _ended(137))).cause == "exit-72"
