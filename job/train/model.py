@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ def load_base(
         JobError: 66 no model there, 69 no GPU, 70 keys or bytes are missing, 71 too big, 78 an
             attention that it can't do.
     """
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
 
     require_device(device)
     config = _read_config(source_folder)
@@ -116,24 +117,23 @@ def load_base(
     implementation, reason = pick_attention(attention, config, device)
     if training and device == "cuda" and attention == "auto" and has_sinks(config):
         implementation, reason = choose(config, precision, device)
-    extra: dict[str, Any] = {}
-    if _is_mxfp4(config):
-        extra["quantization_config"] = Mxfp4Config(dequantize=True)
-    if device == "cuda" and not on_host:
-        extra["device_map"] = {"": 0}
-    model, found = _read_weights(
-        source_folder,
-        lambda: AutoModelForCausalLM.from_pretrained(
+    # Straight to the GPU, shard by shard.
+    extra = {"device_map": {"": 0}} if device == "cuda" and not on_host else {}
+    with _unpacking(config):
+        model, found = _read_weights(
             source_folder,
-            dtype=precision,
-            attn_implementation=implementation,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **extra,
-        ),
-    )
+            lambda: AutoModelForCausalLM.from_pretrained(
+                source_folder,
+                config=config,
+                dtype=precision,
+                attn_implementation=implementation,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **extra,
+            ),
+        )
     _require_whole(source_folder, found)
     _plain_config(model)
     return model.eval(), f"{implementation}: {reason}"
@@ -248,6 +248,16 @@ def _is_mxfp4(config: Any) -> bool:
     if not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     return bool(quantization.get("quant_method") == "mxfp4")
+
+
+def _unpacking(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Let MXFP4 be unpacked by our own code, which needs no memory beside the model's."""
+    if not _is_mxfp4(config):
+        return contextlib.nullcontext()
+    from job.train.mxfp4 import one_after_another, take_over
+
+    take_over(config)
+    return one_after_another()
 
 
 def _plain_config(model: Any) -> None:
