@@ -105,7 +105,7 @@ def train_here(
         adapter = _finish(trainer, life, folder, resumed)
     finally:
         for tracker in life.trackers:
-            tracker.end({"steps": trainer.state.global_step})
+            tracker.end()
     return adapter
 
 
@@ -134,6 +134,7 @@ def _prepare(
 ) -> tuple[LoraTrainer, Life]:
     import datasets
 
+    from job.track import make_trackers
     from job.train.callbacks import Life
     from job.train.experts import use_grouped_lora
     from job.train.lora import add_lora
@@ -170,7 +171,8 @@ def _prepare(
         num_tokens=resumed.num_tokens if resumed else 0,
         peers=peers,
     )
-    trackers = _trackers(context, folder) if peers.rank == 0 else []
+    tracked = (job, context.attempt.run_id, folder)
+    trackers = make_trackers(*tracked) if peers.rank == 0 else []
     life = Life(context, trainer, folder, parts, trackers)
     life.spent_s = resumed.duration_s if resumed else 0.0
     trainer.add_callback(life)
@@ -230,15 +232,6 @@ def _pack_or_not(
         instead="one example a row, padded",
     )
     return unpack(rows), False
-
-
-def _trackers(context: Context, folder: Path) -> list[Any]:
-    section = context.job.track
-    if section.mlflow is None and section.trackio is None and section.tensorboard is None:
-        return []
-    from job.track import make_trackers
-
-    return list(make_trackers(context.job, context.attempt.run_id, folder))
 
 
 def _run(trainer: LoraTrainer, restored: Path, resumed: CheckpointState | None) -> None:
