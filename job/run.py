@@ -76,7 +76,7 @@ def _attempt(
     work = where.work.resolve() / ending.run_id
     store = open_store(job.store, stop=stop, single_writer=job.single_writer)
     with _locked(work) as local_owner:
-        require_conditions(store, single_writer=job.single_writer)
+        require_conditions(store)
         attempt = take(
             store,
             ending.run_id,

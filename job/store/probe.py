@@ -6,8 +6,8 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from job.errors import ExitCode, JobError
 from job.store.base import ConflictError, ExistsError, Store
@@ -16,25 +16,21 @@ WRITERS, ROUNDS = 8, 4
 LARGE_BYTES = 17 << 20
 """Above one part, so that S3 has to put parts together."""
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was tried. ``needed`` says for what."""
-
-    check: str
-    ok: bool
-    needed: str
-    detail: str = ""
+Check = Callable[[Store, str], str]
+"""Tries one thing below a folder of the store; returns what is wrong, or nothing."""
 
 
-def probe(store: Store) -> list[Finding]:
+def probe(store: Store) -> list[dict[str, Any]]:
     """Try everything that the protocol builds on, below ``_probe/``, and clean up.
+
+    Returns:
+        For each thing: check (what was tried), ok, needed (for what), detail (what is wrong).
 
     Raises:
         JobError: 66, 74 or 77 if the store can't be used at all.
     """
     place = f"_probe/{secrets.token_hex(6)}"
-    checks: list[tuple[str, str, Callable[[Store, str], str]]] = [
+    checks: list[tuple[str, str, Check]] = [
         ("write, read back", "everything", _round_trip),
         ("a large file, read back", "checkpoints and models", _large_file),
         ("list shows what was written", "versions, prune", _listed),
@@ -48,20 +44,19 @@ def probe(store: Store) -> list[Finding]:
     findings = []
     for number, (check, needed, try_it) in enumerate(checks):
         detail = try_it(store, f"{place}/{number}")
-        findings.append(Finding(check, not detail, needed, detail))
+        findings.append({"check": check, "ok": not detail, "needed": needed, "detail": detail})
     store.delete([entry.key for entry in store.list(f"{place}/")])
     return findings
 
 
-def require_conditions(store: Store, *, single_writer: bool = False) -> None:
+def require_conditions(store: Store) -> None:
     """Refuse a store that ignores conditions (78), unless there is one writer only."""
-    if single_writer:
+    if store.single_writer:
         return
     place = f"_probe/{secrets.token_hex(6)}"
     try:
         for number, try_it in enumerate((_create_twice, _stale_swap)):
-            detail = try_it(store, f"{place}/{number}")
-            if detail:
+            if detail := try_it(store, f"{place}/{number}"):
                 do = "use a store that has conditional writes, or set single_writer: true"
                 raise JobError(ExitCode.CONFIG, store.uri, detail, do)
     finally:
@@ -89,74 +84,56 @@ def _listed(store: Store, place: str) -> str:
     return "" if found == [f"{place}/a"] else f"lists {found}"
 
 
+def _wins(write: Callable[[], object]) -> bool:
+    try:
+        write()
+    except (ExistsError, ConflictError):
+        return False
+    return True
+
+
 def _create_twice(store: Store, place: str) -> str:
     store.create(f"{place}/a", b"one")
-    try:
-        store.create(f"{place}/a", b"two")
-    except ExistsError:
-        return ""
-    return "ignores If-None-Match: two writers would both win"
+    wins = _wins(lambda: store.create(f"{place}/a", b"two"))
+    return "ignores If-None-Match: two writers would both win" if wins else ""
 
 
 def _stale_swap(store: Store, place: str) -> str:
     stale = store.create(f"{place}/a", b"one")
     tag = store.swap(f"{place}/a", b"two", stale)
-    for attempt in (stale, tag):
-        try:
-            store.swap(f"{place}/a", b"three", attempt)
-        except ConflictError:
-            if attempt == tag:
-                return "refuses If-Match with the tag that it gave"
-        else:
-            if attempt == stale:
-                return "ignores If-Match: a newer attempt's head would be overwritten"
+    if _wins(lambda: store.swap(f"{place}/a", b"three", stale)):
+        return "ignores If-Match: a newer attempt's head would be overwritten"
+    if not _wins(lambda: store.swap(f"{place}/a", b"three", tag)):
+        return "refuses If-Match with the tag that it gave"
     return ""
 
 
 def _swap_of_nothing(store: Store, place: str) -> str:
     tag = store.create(f"{place}/a", b"one")
     store.delete([f"{place}/a"])
-    try:
-        store.swap(f"{place}/a", b"two", tag)
-    except ConflictError:
-        return ""
-    return "creates by If-Match what is not there"
+    wins = _wins(lambda: store.swap(f"{place}/a", b"two", tag))
+    return "creates by If-Match what is not there" if wins else ""
 
 
 def _race_to_create(store: Store, place: str) -> str:
-    def writer(key: str, number: int) -> bool:
-        try:
-            store.create(key, f"writer {number}".encode())
-        except ExistsError:
-            return False
-        return True
-
-    return _race(lambda round_number: f"{place}/{round_number}", writer)
+    return _race(lambda number: lambda body: store.create(f"{place}/{number}", body))
 
 
 def _race_to_swap(store: Store, place: str) -> str:
-    tags: dict[str, str] = {}
+    def prepare(number: int) -> Callable[[bytes], object]:
+        key = f"{place}/{number}"
+        tag = store.create(key, b"before")
+        return lambda body: store.swap(key, body, tag)
 
-    def prepare(round_number: int) -> str:
-        key = f"{place}/{round_number}"
-        tags[key] = store.create(key, b"before")
-        return key
-
-    def writer(key: str, number: int) -> bool:
-        try:
-            store.swap(key, f"writer {number}".encode(), tags[key])
-        except ConflictError:
-            return False
-        return True
-
-    return _race(prepare, writer)
+    return _race(prepare)
 
 
-def _race(prepare: Callable[[int], str], writer: Callable[[str, int], bool]) -> str:
+def _race(prepare: Callable[[int], Callable[[bytes], object]]) -> str:
     with ThreadPoolExecutor(WRITERS) as pool:
-        for round_number in range(ROUNDS):
-            key = prepare(round_number)
-            won = sum(pool.map(writer, [key] * WRITERS, range(WRITERS)))
+        for number in range(ROUNDS):
+            write = prepare(number)
+            bodies = [b"writer %d" % writer for writer in range(WRITERS)]
+            won = sum(pool.map(lambda body, write=write: _wins(lambda: write(body)), bodies))
             if won != 1:
                 return f"{won} of {WRITERS} writers won"
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, TextIO
 
 from job.errors import ExitCode
@@ -40,9 +39,9 @@ def print_versions(report: dict[str, Any], out: TextIO) -> None:
 def probe_store(uri: str, *, stop: Stop) -> dict[str, Any]:
     """Try ``uri`` out; ``code`` is 0 if it holds everything, else 78."""
     findings = probe(open_store(uri, stop=stop).hearing(stop, deadline_s=PROBE_DEADLINE_S))
-    holds = all(finding.ok for finding in findings)
+    holds = all(finding["ok"] for finding in findings)
     code = int(ExitCode.VERIFIED if holds else ExitCode.CONFIG)
-    return {"store": uri, "code": code, "findings": [asdict(finding) for finding in findings]}
+    return {"store": uri, "code": code, "findings": findings}
 
 
 def print_findings(report: dict[str, Any], out: TextIO) -> None:

@@ -395,7 +395,7 @@ def test_stores_without_conditions_are_refused(
         assert broken <= failed, report
         assert code_of(lambda: require_conditions(open_store(uri, stop=Stop()))) is ExitCode.CONFIG
         alone = open_store(uri, stop=Stop(), single_writer=True)
-        require_conditions(alone, single_writer=True)
+        require_conditions(alone)
         tag = alone.create("head", b"1")
         with pytest.raises(ExistsError):
             alone.create("head", b"2")
