@@ -90,9 +90,9 @@ def add_parsers(verbs: Any) -> None:
     _output(run)
 
     merge = _verb(verbs, "merge", _merge, "the merge and its proof alone; needs no GPU")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
-    merge.add_argument("base", type=Path, metavar="BASE")
-    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument("adapter", type=_folder, metavar="ADAPTER")
+    merge.add_argument("base", type=_folder, metavar="BASE")
+    merge.add_argument("out", type=_folder, metavar="OUT")
     merge.add_argument(
         "--format", default="base", choices=["base", "fp32", "bf16", "mxfp4-preserve"]
     )
@@ -123,7 +123,7 @@ def _add_generate(verbs: Any) -> None:
     generate = _verb(verbs, "generate", _generate, "ask a model something")
     generate.add_argument("model", metavar="MODEL", help="a folder, or a source such as hf://…")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="the question")
-    generate.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
+    generate.add_argument("--adapter", type=_folder, help="folder with adapter_config.json")
     generate.add_argument("--prompts", type=Path, help="a file: one question a line, or jsonl")
     generate.add_argument("--reasoning-language", metavar="X", help="think in this language")
     generate.add_argument("--system", help="the system (developer) text")
@@ -149,6 +149,12 @@ def _at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], fl
 
     number.__name__ = kind.__name__
     return number
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no folder; download it, then name its folder")
+    return Path(text)
 
 
 def _output(parser: argparse.ArgumentParser) -> None:

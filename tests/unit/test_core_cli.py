@@ -143,3 +143,24 @@ def test_training_rows_can_be_asked(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": turns}) + "\n")
     assert [prompt.user for prompt in read_prompts(None, path)] == ["Why?"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "adapter", "hf://org/model", "out"],
+        ["merge", "s3://bucket/adapter", "base", "out"],
+        ["generate", "base", "a question", "--adapter", "hf://org/adapter"],
+    ],
+)
+def test_an_address_where_a_folder_is_wanted_is_refused_as_it_was_typed(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a path, its two slashes would become one, and the complaint would name what nobody typed."""
+    with pytest.raises(SystemExit) as refused:
+        cli.main(words)
+    assert refused.value.code == int(ExitCode.USAGE)
+    said = capsys.readouterr().err
+    address = next(word for word in words if "://" in word)
+    assert f"{address} is no folder" in said
+    assert said.count("\n") == 1
