@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
 from job.errors import ExitCode, JobError
 from job.merge.adapter import WEIGHTS
-from job.merge.checkpoint import Tensor, pair_mxfp4, read_checkpoint
+from job.merge.checkpoint import MXFP4, Tensor, pair_mxfp4, read_checkpoint
+from job.merge.mxfp4 import read_expert
 from job.merge.names import Part, empty_model, empty_peft_model, find_parts
 from job.merge.place import EMBEDDINGS, HEAD
 from job.merge.plan import Plan
-from job.merge.worker import read_whole
 
 if TYPE_CHECKING:
     from job.config import MergeSection
@@ -95,7 +97,15 @@ class _Weights:
         return torch.stack(rows)
 
     def _one(self, tensor: Tensor) -> torch.Tensor:
-        return torch.from_numpy(read_whole(tensor)).to(self._dtype)
+        """Return one stored tensor, in the shape that transformers gives it."""
+        if tensor.dtype != MXFP4:
+            with safe_open(tensor.slots[0].file, "pt") as file:
+                return file.get_tensor(tensor.name).to(self._dtype)
+        whole = torch.empty(tensor.shape, dtype=self._dtype)
+        for expert, place in enumerate(whole):
+            bits = torch.from_numpy(read_expert(tensor, expert).view(np.int16))
+            place.copy_(bits.view(torch.bfloat16))
+        return whole
 
 
 def compare(plan: Plan, out: Path, input_ids: list[list[int]], *, stop: Stop) -> LogitReport:

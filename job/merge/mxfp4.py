@@ -6,10 +6,12 @@ in bf16, so dequantising loses nothing. Here it is done one expert at a time.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 
-from job.merge.checkpoint import Slot
-from job.merge.numbers import Array, read_into
+from job.merge.checkpoint import Tensor
+from job.merge.numbers import Array, opened, read_into, widen
 
 VALUES = np.array(
     [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32
@@ -17,23 +19,24 @@ VALUES = np.array(
 ROWS_AT_ONCE = 256
 
 
-def read_expert(
-    blocks_file: int, scales_file: int, blocks: Slot, scales: Slot, expert: int
-) -> Array:
+def read_expert(tensor: Tensor, expert: int) -> Array:
     """Return one expert's matrix as bf16 bits, (in, out), the way transformers holds it.
 
-    The two slots may lie in two files. Memory: the matrix, and a little.
+    Blocks and scales may lie in two files. Memory: the matrix, and a little.
     """
+    blocks, scales = tensor.slots
     _, rows, groups, _ = blocks.shape
     matrix = np.empty((groups * 32, rows), np.uint16)
-    for low in range(0, rows, ROWS_AT_ONCE):
-        count = min(ROWS_AT_ONCE, rows - low)
-        first = (expert * rows + low) * groups
-        packed = np.empty((count, groups, 16), np.uint8)
-        powers = np.empty((count, groups), np.uint8)
-        read_into(blocks_file, packed, blocks.offset + first * 16)
-        read_into(scales_file, powers, scales.offset + first)
-        matrix[:, low : low + count] = (dequantise(packed, powers).view(np.uint32) >> 16).T
+    with ExitStack() as files:
+        blocks_file, scales_file = opened(files, blocks.file), opened(files, scales.file)
+        for low in range(0, rows, ROWS_AT_ONCE):
+            count = min(ROWS_AT_ONCE, rows - low)
+            first = (expert * rows + low) * groups
+            packed = np.empty((count, groups, 16), np.uint8)
+            powers = np.empty((count, groups), np.uint8)
+            read_into(blocks_file, packed, blocks.offset + first * 16)
+            read_into(scales_file, powers, scales.offset + first)
+            matrix[:, low : low + count] = (dequantise(packed, powers).view(np.uint32) >> 16).T
     return matrix
 
 
@@ -61,8 +64,12 @@ def quantise(matrix: Array) -> Array:
     return np.ldexp(signed, exponents.astype(np.int32)).astype(np.float32).reshape(matrix.shape)
 
 
-def share_kept(matrix: Array, delta: Array) -> float:
-    """Return the share of ``delta`` that is left when matrix + delta, (out, in), is MXFP4 again."""
-    kept = quantise(matrix + delta) - matrix
-    square = float(np.vdot(delta, delta))
-    return float(np.vdot(kept, delta)) / square if square else 1.0
+def share_kept(bits: Array, delta: Array) -> float:
+    """Return the share of ``delta`` that is left when an expert + delta is MXFP4 again.
+
+    Both are (in, out), the expert as :func:`read_expert` gives it.
+    """
+    matrix, change = np.ascontiguousarray(widen(bits, "BF16").T), np.ascontiguousarray(delta.T)
+    kept = quantise(matrix + change) - matrix
+    square = float(np.vdot(change, change))
+    return float(np.vdot(kept, change)) / square if square else 1.0

@@ -86,7 +86,7 @@ def make_plan(adapter: Path, base: Path, merge_format: str) -> Plan:
         )  # fmt: skip
     tensors = pair_mxfp4(read_checkpoint(base))
     # A base whose config does not say is tied by its class, and then stores no head.
-    tied = bool(config.get("tie_wordembeddings", HEAD not in tensors))
+    tied = bool(config.get("tie_word_embeddings", HEAD not in tensors))
     draft = Draft(files, tensors, config)
     place(draft, base)
     untied = tied and untie(draft)
@@ -144,7 +144,7 @@ def _config_edits(
     if draft.config.get("quantization_config") and merge_format != "mxfp4-preserve":
         edits["quantization_config"] = None
     if untied:
-        edits["tie_wordembeddings"] = False
+        edits["tie_word_embeddings"] = False
     sizes = {o.shape[0] for o in outputs if o.name == HEAD or o.name.endswith(EMBEDDINGS)}
     if draft.replaced and len(sizes) > 1:
         raise draft.adapter.refused(f"embedding and head would have {sorted(sizes)} rows")
@@ -176,10 +176,13 @@ def _refuse_lossy(draft: Draft, base: Path) -> None:
         )  # fmt: skip
     adapted = [t for t in experts if t.name in draft.deltas]
     if adapted:
-        from job.merge.worker import measure_mxfp4
+        from job.merge import mxfp4
+        from job.merge.worker import factors
 
-        tensor = adapted[0]
-        kept = measure_mxfp4(tensor, draft.deltas[tensor.name], draft.adapter.slots)
+        tensor, slots = adapted[0], draft.adapter.slots
+        delta = draft.deltas[tensor.name]
+        left, right = factors(delta, slots[delta.a_key], slots[delta.b_key], delta.first_expert)
+        kept = mxfp4.share_kept(mxfp4.read_expert(tensor, delta.first_expert), left @ right)
         raise draft.adapter.refused(
             f"{len(adapted)} expert tensors are adapted, and MXFP4 would lose {1 - kept:.1%} of "
             f"what was trained (measured on {tensor.name})",

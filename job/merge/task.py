@@ -1,18 +1,16 @@
-"""What the merge's parent process tells its workers, as lines of JSON, and how it is cut up."""
+"""What the merge's parent process tells its workers, and how the work is cut up."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
-from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, Tensor, as_matrices
-from job.merge.place import Delta
+from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, as_matrices
 from job.merge.plan import Output
 
 TASK_ELEMENTS = 1 << 23
-"""Weights in a task: what was merged is proven while it is still in a cache."""
+BLOCK_ELEMENTS = 3 << 14
+"""A fifth of a megabyte in fp32: a block and its few temporaries stay in a core's L2 cache."""
 
 Span = tuple[int, int, int]
 """Slice of the tensor, first row, and the row after the last."""
@@ -20,9 +18,9 @@ Span = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Merge, or only prove, some rows of one tensor in one file."""
+    """Write (or only prove) some rows of one tensor in one file."""
 
-    kind: Literal["merge", "prove"]
+    write: bool
     output: Output
     path: str
     offset: int
@@ -32,27 +30,10 @@ class Task:
     b: Slot | None = None
     """The factors' places in the adapter's file."""
 
-    def to_line(self) -> bytes:
-        """Return the task as one line of JSON."""
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-
-def from_line(line: bytes) -> Task:
-    """Return the task that :meth:`Task.to_line` wrote."""
-    raw = json.loads(line)
-    output, source = raw["output"], raw["output"]["source"]
-    tensor = Tensor(
-        source["name"], source["dtype"], tuple(source["shape"]), tuple(map(_slot, source["slots"]))
-    )
-    delta = Delta(**output["delta"]) if output["delta"] else None
-    made = Output(output["name"], output["dtype"], tuple(output["shape"]), tensor, "", delta)
-    spans = [(one[0], one[1], one[2]) for one in raw["spans"]]
-    a, b = (_slot(raw[side]) if raw[side] else None for side in "ab")
-    return Task(raw["kind"], made, raw["path"], raw["offset"], spans, a, b)
-
-
-def _slot(raw: dict[str, Any]) -> Slot:
-    return Slot(raw["file"], raw["dtype"], tuple(raw["shape"]), raw["offset"])
+    def place(self, matrix: int, row: int) -> int:
+        """Return where a row of the output lies, in bytes from the tensor's start."""
+        _, rows, columns = as_matrices(self.output.shape)
+        return (matrix * rows + row) * columns * ITEM_BYTES[self.output.dtype]
 
 
 def cut(output: Output) -> Iterator[list[Span]]:
@@ -75,11 +56,3 @@ def cut(output: Output) -> Iterator[list[Span]]:
             elements += size
     if spans:
         yield spans
-
-
-def byte_range(output: Output, span: Span) -> tuple[int, int]:
-    """Return where a span begins and ends, in bytes from the tensor's start."""
-    _, rows, columns = as_matrices(output.shape)
-    row_bytes = columns * ITEM_BYTES[output.dtype]
-    matrix, low, high = span
-    return (matrix * rows + low) * row_bytes, (matrix * rows + high) * row_bytes

@@ -94,7 +94,8 @@ def _write(folder: Path, shape: dict[str, Any]) -> None:
     config = Qwen2Config(**shape, tie_word_embeddings=True, dtype="bfloat16")
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    names = [(name, p.shape) for name, p in model.named_parameters()]
+    # On the meta device the head is not tied yet; a tied checkpoint stores it once.
+    names = [(n, p.shape) for n, p in model.named_parameters() if n != "lm_head.weight"]
     total, sizes, part = sum(s.numel() for _, s in names), 0, 0
     weight_map, tensors = {}, {}
     base = folder / "base"

@@ -125,6 +125,15 @@ def test_mxfp4_base_merges_to_experts_that_load(tmp_path: Path) -> None:
         assert (value.float() - expected[name]).abs().max() < 0.02, name
 
 
+def test_a_head_of_its_own_is_told_in_the_config(tmp_path: Path) -> None:
+    """Else a loader that believes the config would tie the trained head to the embedding again."""
+    run(tmp_path, "qwen2", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    before = json.loads((tmp_path / "base/config.json").read_text())
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    assert after == before | {"tie_word_embeddings": False}
+    assert before["tie_word_embeddings"]
+
+
 def test_index_counts_bytes(tmp_path: Path) -> None:
     """``total_size`` is the bytes of all tensors, and the shards have nothing else in them."""
     merged = run(tmp_path, "llama", {}, {})
