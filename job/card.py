@@ -19,6 +19,19 @@ LICENSES = {
     "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "other",
 }  # fmt: skip
 
+USE_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+model = PeftModel.from_pretrained(base, "{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")"""
+USE_MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{where}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{where}")"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -33,21 +46,11 @@ class Facts:
     merged: Merged | None
     verdict: Verdict
 
-    @property
-    def fetch_spec(self) -> str:
-        """What ``lora-job fetch`` takes; a folder of this machine means nothing elsewhere."""
-        store = self.job.store.rstrip("/") if self.job.store.startswith("s3://") else "STORE"
-        return f"{store}/{self.job.name}@{self.version}"
-
 
 def hub_id(source: Source) -> str | None:
     """Return the repository of a source on the Hub, or None for a source from elsewhere."""
-    return source.uri.removeprefix("hf://").partition("@")[0] if is_hub(source) else None
-
-
-def is_hub(source: Source) -> bool:
-    """Whether the source is a repository of the Hub."""
-    return source.uri.startswith("hf://")
+    on_hub = source.uri.startswith("hf://")
+    return source.uri.removeprefix("hf://").partition("@")[0] if on_hub else None
 
 
 def base_name(source: Source) -> str:
@@ -55,38 +58,31 @@ def base_name(source: Source) -> str:
     return hub_id(source) or source.uri
 
 
-def adapter_card(facts: Facts, lineage: dict[str, Any]) -> str:
-    """Return README.md of the adapter."""
-    return _card(facts, lineage, "adapter", "peft", _use_adapter(facts))
-
-
-def merged_card(facts: Facts, lineage: dict[str, Any]) -> str:
-    """Return README.md of the merged model."""
-    return _card(facts, lineage, "finetune", "transformers", _use_merged(facts))
-
-
-def _card(facts: Facts, lineage: dict[str, Any], relation: str, library: str, use: str) -> str:
-    title = facts.job.name if relation == "adapter" else f"{facts.job.name}, merged"
+def card(facts: Facts, lineage: dict[str, Any], *, merged: bool) -> str:
+    """Return README.md of the merged model, or of the adapter."""
     parts = [
-        f"---\n{_front_matter(facts, relation, library)}---\n",
-        f"# {title}\n",
-        _summary(facts, relation),
+        f"---\n{_front_matter(facts, merged)}---\n",
+        f"# {facts.job.name}{', merged' if merged else ''}\n",
+        _summary(facts, merged),
         "## Use\n",
-        use,
+        _use(facts, merged),
         "## Result\n",
         _table(_results(facts)),
-        _answers(facts.verdict.answers),
+        *(["## Answers\n"] if facts.verdict.answers else []),
+        *map(_answer, facts.verdict.answers[:MAX_ANSWERS]),
         "## Lineage\n",
         _table(_lineage(facts, lineage)),
         "Made with lora-job; its manifest.json has the sha256 of every file.\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(parts)
 
 
-def _front_matter(facts: Facts, relation: str, library: str) -> str:
+def _front_matter(facts: Facts, merged: bool) -> str:
     base, data = hub_id(facts.model), hub_id(facts.data)
-    meta: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    meta: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
+    meta["pipeline_tag"] = "text-generation"
     if base:
+        relation = "finetune" if merged else "adapter"
         meta |= {"base_model": base, "base_model_relation": relation}
     if data:
         meta["datasets"] = [data]
@@ -100,64 +96,43 @@ def _license(base: Source) -> dict[str, str]:
     known = (base.license or "").strip().lower()
     if not known:
         return {}
-    if known in LICENSES or is_hub(base):
+    if known in LICENSES or hub_id(base):
         return {"license": known}
     return {"license": "other", "license_name": re.sub("[^a-z0-9.]+", "-", known)[:60].strip("-")}
 
 
-def _summary(facts: Facts, relation: str) -> str:
-    what = "A LoRA adapter" if relation == "adapter" else "A LoRA adapter merged into its base"
-    licence = facts.model.license or "unknown: see the base"
+def _summary(facts: Facts, merged: bool) -> str:
     return (
-        f"{what}, version `{facts.version}`, trained from `{base_name(facts.model)}` on "
-        f"`{hub_id(facts.data) or facts.data.uri}` by supervised fine-tuning. "
-        f"Licence of the base: {licence}.\n"
+        f"A LoRA adapter{' merged into its base' if merged else ''}, version `{facts.version}`, "
+        f"trained from `{base_name(facts.model)}` on `{hub_id(facts.data) or facts.data.uri}` "
+        f"by supervised fine-tuning. "
+        f"Licence of the base: {facts.model.license or 'unknown: see the base'}.\n"
     )
 
 
-def _use_adapter(facts: Facts) -> str:
-    where = facts.job.publish.hub.adapter or "DIR/adapter"
-    base = _quoted_base(facts)
+def _use(facts: Facts, merged: bool) -> str:
+    hub, base = facts.job.publish.hub, hub_id(facts.model)
+    quoted = f'"{base}", revision="{facts.model.revision}"' if base else '"BASE"'
+    if merged:
+        code = USE_MERGED.format(where=hub.merged or "DIR/merged")
+    else:
+        code = USE_ADAPTER.format(where=hub.adapter or "DIR/adapter", base=quoted)
+    # A folder of this machine means nothing elsewhere.
+    store = facts.job.store.rstrip("/") if facts.job.store.startswith("s3://") else "STORE"
+    elsewhere = "" if base else f" `BASE` is the folder of `{facts.model.uri}`."
     return (
-        f"```python\nfrom peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")\n'
-        f'model = PeftModel.from_pretrained(base, "{where}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```\n\n{_fetch(facts)}'
-    )
-
-
-def _quoted_base(facts: Facts) -> str:
-    if is_hub(facts.model):
-        return f'"{hub_id(facts.model)}", revision="{facts.model.revision}"'
-    return '"BASE"'
-
-
-def _use_merged(facts: Facts) -> str:
-    where = facts.job.publish.hub.merged or "DIR/merged"
-    return (
-        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{where}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```\n\n{_fetch(facts)}'
-    )
-
-
-def _fetch(facts: Facts) -> str:
-    elsewhere = "" if is_hub(facts.model) else f" `BASE` is the folder of `{facts.model.uri}`."
-    return (
+        f"```python\n{code}\n```\n\n"
         f"A verified copy into `DIR`, adapter and merged model:\n\n"
-        f"```sh\nlora-job fetch {facts.fetch_spec} DIR\n```\n{elsewhere}\n"
+        f"```sh\nlora-job fetch {store}/{facts.job.name}@{facts.version} DIR\n```\n{elsewhere}\n"
     )
 
 
 def _results(facts: Facts) -> list[tuple[str, str]]:
     adapter, verdict, dataset = facts.adapter, facts.verdict, facts.dataset
+    losses = {"before": verdict.held_out_loss_before, "after": verdict.held_out_loss_after}
     rows = [
         (f"Held-out loss, {when}", f"{loss:.4f} (perplexity {math.exp(min(loss, 50)):.2f})")
-        for when, loss in (
-            ("before", verdict.held_out_loss_before),
-            ("after", verdict.held_out_loss_after),
-        )
+        for when, loss in losses.items()
         if loss is not None
     ]
     if rows:
@@ -196,11 +171,6 @@ def _lineage(facts: Facts, lineage: dict[str, Any]) -> list[tuple[str, str]]:
 def _table(rows: list[tuple[str, str]]) -> str:
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
-
-
-def _answers(answers: list[Answer]) -> str:
-    shown = [_answer(answer) for answer in answers[:MAX_ANSWERS]]
-    return "\n".join(["## Answers\n", *shown]) if shown else ""
 
 
 def _answer(answer: Answer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from job.artifacts import Adapter, Dataset, Merged, Receipt, Source, Verdict
-from job.card import Facts, adapter_card, base_name, is_hub, merged_card
+from job.card import Facts, base_name, card, hub_id
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.files import fingerprint, list_files, write_bytes, write_json
@@ -105,7 +106,8 @@ def announce(context: Context, receipt: Receipt) -> Receipt:
 
 def lineage_of(context: Context, facts: Facts) -> dict[str, Any]:
     """Return where a version comes from, for its manifest: enough to make it again."""
-    attempt, adapter, settings = context.attempt, facts.adapter, _settings(facts.job)
+    attempt, settings = context.attempt, _settings(facts.job)
+    adapter, verdict = facts.adapter, facts.verdict
     return {
         "run": attempt.run_id,
         "epoch": attempt.epoch,
@@ -122,10 +124,7 @@ def lineage_of(context: Context, facts: Facts) -> dict[str, Any]:
         "num_tokens": adapter.num_tokens,
         "final_loss": adapter.final_loss,
         "save_s": attempt.save_s,
-        "held_out_loss": [
-            facts.verdict.held_out_loss_before,
-            facts.verdict.held_out_loss_after,
-        ],
+        "held_out_loss": [verdict.held_out_loss_before, verdict.held_out_loss_after],
         "merge_format": facts.merged.format if facts.merged else None,
         "adapter_sha256": adapter.sha256,
     }
@@ -153,12 +152,8 @@ def _portable(value: Any) -> Any:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    return {
-        "uri": source.uri,
-        "revision": source.revision,
-        "license": source.license,
-        "files_sha256": fingerprint(source.files),
-    }
+    named = source.model_dump(include={"uri", "revision", "license"})
+    return {**named, "files_sha256": fingerprint(source.files)}
 
 
 def _weights(model: Source) -> dict[str, str]:
@@ -169,10 +164,8 @@ def _weights(model: Source) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     found = {}
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -184,12 +177,12 @@ def _assemble(folder: Path, facts: Facts, lineage: dict[str, Any]) -> dict[str, 
     _link(facts.adapter.folder / WEIGHTS, adapter / WEIGHTS)
     write_json(adapter / CONFIG, adapter_config(facts.adapter.folder, facts.model))
     _link_all(facts.dataset.folder / "tokenizer", adapter)
-    write_bytes(adapter / "README.md", adapter_card(facts, lineage).encode())
+    write_bytes(adapter / "README.md", card(facts, lineage, merged=False).encode())
     if facts.merged is None:
         return {"adapter": adapter}
     merged = folder / "merged"
     _link_all(facts.merged.folder, merged)
-    write_bytes(merged / "README.md", merged_card(facts, lineage).encode())
+    write_bytes(merged / "README.md", card(facts, lineage, merged=True).encode())
     return {"adapter": adapter, "merged": merged}
 
 
@@ -201,7 +194,7 @@ def adapter_config(folder: Path, model: Source) -> dict[str, Any]:
     """
     config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
     config["base_model_name_or_path"] = base_name(model)
-    config["revision"] = model.revision if is_hub(model) else None
+    config["revision"] = model.revision if hub_id(model) else None
     config["inference_mode"] = True
     for key in SORTED:
         if isinstance(config.get(key), list):
