@@ -11,13 +11,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 from job import estimate
-from job.artifacts import Source
+from job.artifacts import Dataset, Source
 from job.config import JobConfig
+from job.data.prepare import FEW_HELD_OUT, prepare_folder
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.stop import Stop
@@ -26,31 +26,7 @@ T = TypeVar("T")
 
 STORE_DEADLINE_S = 20.0
 """A check waits no longer for a store that does not answer; a run does."""
-FEW_HELD_OUT = 10
-"""With fewer examples, the loss on them says little."""
 TRAINED, PLAIN, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-
-
-@dataclass(slots=True)
-class Findings:
-    """What was tried, in order; the first fault's code is the whole check's."""
-
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    code: int = 0
-
-    def attempt(self, name: str, call: Callable[[], T]) -> T | None:
-        """Return ``call()``; note that it went well, or the JobError that it ended with."""
-        try:
-            result = call()
-        except JobError as error:
-            if error.code is ExitCode.PREEMPTED:
-                raise
-            self.code = self.code or int(error.code)
-            fault = {"code": int(error.code), "where": error.where, "what": error.what}
-            self.tried.append({"check": name, "ok": False, **fault, "do": error.do})
-            return None
-        self.tried.append({"check": name, "ok": True})
-        return result
 
 
 def check(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
@@ -61,27 +37,15 @@ def check(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
         (data_report.json), `steps`, `memory`, `disk`, `model`; `elsewhere`: why it can't run on
         this very machine.
     """
-    from job.hub import check_access
-
-    found, progress = Findings(), Progress()
-    found.attempt("store", lambda: _store(job, stop))
-    found.attempt("hub", lambda: check_access(job.publish.hub, stop=stop, progress=progress))
     with tempfile.TemporaryDirectory(prefix="lora-job-check-") as scratch:
-        report = _contents(job, Path(scratch), found, stop, progress)
+        found = _Check(job, Path(scratch), stop)
+        found.attempt("store", found.store)
+        found.attempt("hub", found.hub)
+        report = found.contents()
     head = {"name": job.name, "run": job.run_name, "device": job.device}
-    checks = {"code": found.code, "checks": found.tried, "elsewhere": _elsewhere(job)}
-    return {**checks, **head, **report}
-
-
-def _store(job: JobConfig, stop: Stop) -> None:
-    from job.store import open_store
-    from job.store.probe import require_conditions
-
-    store = open_store(job.store, stop=stop, single_writer=job.single_writer)
-    patient = store.hearing(stop, deadline_s=STORE_DEADLINE_S)
-    require_conditions(patient, single_writer=job.single_writer)
-    if job.single_writer:
-        next(iter(patient.list(f"{job.name}/")), None)
+    return {
+        "code": found.code, "checks": found.tried, "elsewhere": _elsewhere(job), **head, **report
+    }  # fmt: skip
 
 
 def _elsewhere(job: JobConfig) -> str | None:
@@ -97,98 +61,117 @@ def _elsewhere(job: JobConfig) -> str | None:
     return None
 
 
-def _contents(
-    job: JobConfig, folder: Path, found: Findings, stop: Stop, progress: Progress
-) -> dict[str, Any]:
-    """Return what model and data say, with what of them would be downloaded in ``folder``."""
-    from job.data.prepare import prepare_folder
+class _Check:
+    """What was tried, in order; the first fault's code is the whole check's."""
 
-    downloads: dict[str, int] = {}
+    def __init__(self, job: JobConfig, folder: Path, stop: Stop) -> None:
+        self.tried: list[dict[str, Any]] = []
+        self.code = 0
+        self._job, self._folder, self._stop, self._progress = job, folder, stop, Progress()
+        # Bytes that a run would download.
+        self._downloads = {"model": 0, "data": 0}
 
-    def source(name: str, uri: str, kind: str) -> Source | None:
-        return found.attempt(
-            name, lambda: _source(job, uri, kind, folder / name, downloads, stop, progress)
-        )
+    def attempt(self, name: str, call: Callable[[], T]) -> T | None:
+        """Return ``call()``; note that it went well, or the JobError that it ended with."""
+        try:
+            result = call()
+        except JobError as error:
+            if error.code is ExitCode.PREEMPTED:
+                raise
+            self.code = self.code or int(error.code)
+            fault = {"code": int(error.code), "where": error.where, "what": error.what}
+            self.tried.append({"check": name, "ok": False, **fault, "do": error.do})
+            return None
+        self.tried.append({"check": name, "ok": True})
+        return result
 
-    model = source("model", job.model.source, "model")
-    data = source("data", job.data.source, "data")
-    wanted = job.data.held_out
-    held_out = source("held-out", wanted, "data") if isinstance(wanted, str) else None
-    if model is None:
-        return {}
-    report: dict[str, Any] = {}
-    shape = found.attempt("adapter", lambda: estimate.measure(job, model))
-    if shape is not None:
-        report["model"] = {"parameters": shape.parameters, "adapted": shape.adapted}
-    if data is None:
+    def store(self) -> None:
+        from job.store import open_store
+        from job.store.probe import require_conditions
+
+        single_writer = self._job.single_writer
+        store = open_store(self._job.store, stop=self._stop, single_writer=single_writer)
+        patient = store.hearing(self._stop, deadline_s=STORE_DEADLINE_S)
+        require_conditions(patient)
+        if single_writer:
+            next(iter(patient.list(f"{self._job.name}/")), None)
+
+    def hub(self) -> None:
+        from job.hub import check_access
+
+        check_access(self._job.publish.hub, stop=self._stop)
+
+    def contents(self) -> dict[str, Any]:
+        """Return what model and data say, and what it takes to train on them."""
+        job, wanted = self._job, self._job.data.held_out
+        model = self._source("model", job.model.source, "model")
+        data = self._source("data", job.data.source, "data")
+        held_out = self._source("held-out", wanted, "data") if isinstance(wanted, str) else None
+        if model is None:
+            return {}
+        report: dict[str, Any] = {}
+        shape = self.attempt("adapter", lambda: estimate.measure(job, model))
+        if shape is not None:
+            report["model"] = {"parameters": shape.parameters, "adapted": shape.adapted}
+        dataset = None
+        if data is not None:
+            dataset = self.attempt("rows", lambda: self._prepare(model, data, held_out))
+            with contextlib.suppress(FileNotFoundError):
+                path = self._folder / "prepare" / "data_report.json"
+                report["data"] = json.loads(path.read_text(encoding="utf-8"))
+        if shape is not None and dataset is not None:
+            report |= self._needs(shape, dataset, report["data"])
         return report
-    place = folder / "prepare"
-    dataset = found.attempt(
-        "rows",
-        lambda: prepare_folder(
-            job, model, data, held_out, place, stop=stop, progress=progress, started=time.time()
-        ),
-    )
-    with contextlib.suppress(FileNotFoundError):
-        report["data"] = json.loads((place / "data_report.json").read_text(encoding="utf-8"))
-    if shape is not None and dataset is not None:
-        report |= _needs(job, shape, dataset.num_rows, report["data"], downloads)
-    return report
 
+    def _source(self, name: str, uri: str, kind: Literal["model", "data"]) -> Source | None:
+        return self.attempt(name, lambda: self._pulled(uri, kind, self._folder / name))
 
-def _source(
-    job: JobConfig,
-    uri: str,
-    kind: Any,
-    folder: Path,
-    downloads: dict[str, int],
-    stop: Stop,
-    progress: Progress,
-) -> Source:
-    """Bring what a check needs here: the data, and of the model everything but its weights."""
-    from job.pull import base_dtype, pull_one, resolve
-    from job.pull.pin import Hashes, Means
-    from job.pull.select import check_model
+    def _pulled(self, uri: str, kind: Literal["model", "data"], folder: Path) -> Source:
+        """Bring what a check needs here: the data, and of the model everything but its weights."""
+        from job.pull import base_dtype, pull_one, resolve
+        from job.pull.pin import Hashes
+        from job.pull.select import check_model
 
-    local = Path(uri).expanduser()
-    if kind == "model" and any(local.glob("*.safetensors")):
-        # Used in place, its weights unread (and not hashed).
-        names = [path.name for path in local.iterdir() if path.is_file()]
-        check_model(local, names, where=uri)
-        return Source(folder=local, uri=f"file:{local.name}", files=dict.fromkeys(names, ""))
-    pin = resolve(uri, kind, Means(Hashes(folder.parent / "hashes.json"), stop, progress))
-    if uri.startswith(("hf://", "s3://")):
-        downloads[kind] = downloads.get(kind, 0) + pin.size_bytes
-    return pull_one(
-        uri, folder, kind=kind, stop=stop, progress=progress, pin=pin,
-        dtype=base_dtype(job), weights=False,
-    )  # fmt: skip
+        local = Path(uri).expanduser()
+        if kind == "model" and any(local.glob("*.safetensors")):
+            # Used in place, its weights unread (and not hashed).
+            names = [path.name for path in local.iterdir() if path.is_file()]
+            check_model(local, names, where=uri)
+            return Source(folder=local, uri=f"file:{local.name}", files=dict.fromkeys(names, ""))
+        pin = resolve(uri, kind, Hashes(self._folder / "hashes.json", self._stop))
+        if uri.startswith(("hf://", "s3://")):
+            self._downloads[kind] += pin.size_bytes
+        return pull_one(
+            uri, folder, kind=kind, stop=self._stop, progress=self._progress, pin=pin,
+            dtype=base_dtype(self._job), weights=False,
+        )  # fmt: skip
 
+    def _prepare(self, model: Source, data: Source, held_out: Source | None) -> Dataset:
+        return prepare_folder(
+            self._job, model, data, held_out, self._folder / "prepare",
+            stop=self._stop, progress=self._progress, started=time.time(),
+        )  # fmt: skip
 
-def _needs(
-    job: JobConfig,
-    shape: estimate.Shape,
-    num_rows: int,
-    data: dict[str, Any],
-    downloads: dict[str, int],
-) -> dict[str, Any]:
-    memory = estimate.memory(
-        job, shape, job.data.max_length if job.data.packing else data["longest"]
-    )
-    disk = estimate.disk(
-        job,
-        shape,
-        model_bytes=downloads.get("model", 0),
-        data_bytes=downloads.get("data", 0),
-        tokens=data["tokens"] + data["held_out_tokens"],
-    )
-    return {
-        "steps": estimate.planned_steps(job, num_rows),
-        "memory": {**memory, "total": sum(memory.values())},
-        "memory_available": estimate.available_bytes(job.device),
-        "disk": {**disk, "total": sum(disk.values())},
-        "disk_available": shutil.disk_usage(Path.cwd()).free,
-    }
+    def _needs(
+        self, shape: estimate.Shape, dataset: Dataset, data: dict[str, Any]
+    ) -> dict[str, Any]:
+        job = self._job
+        longest = job.data.max_length if job.data.packing else data["longest"]
+        memory = estimate.memory(job, shape, longest)
+        disk = estimate.disk(
+            job,
+            shape,
+            model_bytes=self._downloads["model"],
+            data_bytes=self._downloads["data"],
+            tokens=data["tokens"] + data["held_out_tokens"],
+        )
+        return {
+            "steps": estimate.planned_steps(job, dataset.num_rows),
+            "memory": {**memory, "total": sum(memory.values())},
+            "memory_available": estimate.available_bytes(job.device),
+            "disk": {**disk, "total": sum(disk.values())},
+            "disk_available": shutil.disk_usage(Path.cwd()).free,
+        }
 
 
 def print_report(report: dict[str, Any], stream: TextIO) -> None:
@@ -206,16 +189,15 @@ def print_report(report: dict[str, Any], stream: TextIO) -> None:
         lines.append(f"\nmodel     {total:,} parameters, {adapted:,} trained ({share})")
     if "steps" in report:
         lines.append(f"steps     {report['steps']:,}")
-        lines += [_sizes(name, report[name], report[f"{name}_available"]) for name in ESTIMATED]
+        lines += [
+            _sizes(name, report[name], report[f"{name}_available"]) for name in ("memory", "disk")
+        ]
     if report["elsewhere"]:
         lines.append(f"device    {report['elsewhere']}")
     where = ", on a node with a GPU" if report["elsewhere"] else ""
     code = report["code"]
     lines.append(f"\nnot ready: exit code {code}" if code else f"\nready to run{where}")
     stream.write("\n".join(lines) + "\n")
-
-
-ESTIMATED = ("memory", "disk")
 
 
 def _about_data(data: dict[str, Any]) -> list[str]:
@@ -240,9 +222,7 @@ def _about_data(data: dict[str, Any]) -> list[str]:
         full = f"{data['fill']:.1%} full"
         lines.append(f"packs     {data['packs']:,} of {data['max_length']:,}, {full}")
     stops = ", ".join(data["stop_tokens"].values()) or "none"
-    lines.append(
-        f"stop      {data['stop_coverage']:.1%} of the examples end with one of: {stops}"
-    )
+    lines.append(f"stop      {data['stop_coverage']:.1%} of the examples end with one of: {stops}")
     bars = data["length_histogram"]
     most = max((bar["count"] for bar in bars), default=1)
     for bar in bars:
@@ -275,7 +255,9 @@ def _sizes(name: str, terms: dict[str, int], available: int | None) -> str:
         return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
     ranked = sorted(terms.items(), key=lambda term: -term[1])
-    parts = ", ".join(f"{term} {size(count)}" for term, count in ranked if count and term != "total")
+    parts = ", ".join(
+        f"{term} {size(count)}" for term, count in ranked if count and term != "total"
+    )
     there = f" of {size(available)} here" if available is not None else ""
     short = ": NOT ENOUGH" if available is not None and terms["total"] > available else ""
     return f"{name:<9} {size(terms['total'])}{there}{short} ({parts})"

@@ -53,7 +53,7 @@ class Hidden:
 
     def __init__(self, special_tokens: list[str]) -> None:
         longest_first = sorted(special_tokens, key=len, reverse=True)
-        self._heads = tuple({token[:2] for token in special_tokens})
+        self._heads = [SLOT_BYTES, *{token[:2].encode() for token in special_tokens}]
         pattern = "|".join([*map(re.escape, longest_first), SLOT.pattern])
         self._tokens = re.compile(pattern)
 
@@ -84,9 +84,10 @@ class Hidden:
             encoded = text.encode()
         except UnicodeEncodeError:
             raise RowFault("holds characters that are not UTF-8") from None
-        if SLOT_BYTES not in encoded and not any(head in text for head in self._heads):
-            return text
-        return self._tokens.sub(lambda found: self._slot(found[0], slots), text)
+        for head in self._heads:  # `in` is many times as fast as the expression
+            if head in encoded:
+                return self._tokens.sub(lambda found: self._slot(found[0], slots), text)
+        return text
 
     def _slot(self, text: str, slots: list[str]) -> str:
         if text not in slots:

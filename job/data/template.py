@@ -61,7 +61,7 @@ class Template:
         # For templates that ask whether it is defined, or hold the format in a variable.
         environment.globals["strftime_now"] = lambda form: _date(form, self._started)
         try:
-            return environment.from_string(text)
+            compiled = environment.from_string(text)
         except jinja2.TemplateError as error:
             raise JobError(
                 ExitCode.DATA,
@@ -69,6 +69,9 @@ class Template:
                 f"is no Jinja: {error}",
                 "mend model.chat_template, or leave it out to use the tokenizer's own",
             ) from error
+        # A ChainMap that is read whole for every render; nothing is added to it any more.
+        compiled.globals = dict(compiled.globals)
+        return compiled
 
     def render(
         self,

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # A space with something else on either side. (Beginning with the space, it is found fast.)
 PLACE = re.compile(r" (?<=\S )(?=\S)")
-MOST_WORDS, MOST_CHARACTERS = 200_000, 4_000_000
-"""What is remembered at a time: some 50 MB."""
+MOST_REMEMBERED = 16_000_000
+"""Characters, and 60 for every word: some 50 MB."""
 
 
 def splits_at_spaces(tokenizer: dict[str, Any]) -> bool:
@@ -55,47 +55,58 @@ class Words:
         added = tokenizer.get_added_tokens_decoder().values()
         names = sorted((token.content for token in added), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
+        # By their place in a run: what stands in the middle neither begins nor ends with a space.
+        self._only: dict[str, bytes] = {}
         self._first: dict[str, bytes] = {}
-        self._spaced: dict[str, bytes] = {}
-        self._characters = 0
+        self._middle: dict[str, bytes] = {}
+        self._last: dict[str, bytes] = {}
+        self._remembered = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Return the ids of each text as int32, without special tokens around it."""
-        if len(self._spaced) > MOST_WORDS or self._characters > MOST_CHARACTERS:
-            self._first.clear()
-            self._spaced.clear()
-            self._characters = 0
-        cut = [self._runs(text) for text in texts]
-        found = [self._known(runs) for runs in cut]
-        new = [runs for runs, ids in zip(cut, found, strict=True) if ids is None]
-        self._learn({run[0] for runs in new for run in runs}, self._first, "")
-        self._learn({w for runs in new for run in runs for w in run[1:]}, self._spaced, " ")
-        return [
-            ids if ids is not None else self._joined(runs)
-            for runs, ids in zip(cut, found, strict=True)
-        ]
+        if self._remembered > MOST_REMEMBERED:
+            for known in (self._only, self._first, self._middle, self._last):
+                known.clear()
+            self._remembered = 0
+        # Where all that stands between spaces is known, those spaces were such places.
+        ids = [self._joined(self._runs(text, lambda run: run.split(" "))) for text in texts]
+        new = {at: self._runs(texts[at], PLACE.split) for at, one in enumerate(ids) if one is None}
+        self._learn([run for runs in new.values() for run in runs])
+        for at, runs in new.items():
+            ids[at] = self._joined(runs)
+        return [one for one in ids if one is not None]
 
-    def _runs(self, text: str) -> list[list[str]]:
+    def _runs(self, text: str, cut: Callable[[str], list[str]]) -> list[list[str]]:
         """Return the words of each run of text between added tokens, and those tokens as runs."""
         parts = self._added.split(text)
-        return [[p] if at % 2 else PLACE.split(p) for at, p in enumerate(parts) if p]
+        return [[p] if at % 2 else cut(p) for at, p in enumerate(parts) if p]
 
-    def _known(self, runs: list[list[str]]) -> bytes | None:
+    def _joined(self, runs: list[list[str]]) -> bytes | None:
+        """Return the ids of known words, or None."""
+        parts = []
         try:
-            return self._joined(runs)
+            for first, *rest in runs:
+                if not rest:
+                    parts.append(self._only[first])
+                    continue
+                parts.append(self._first[first])
+                last = rest.pop()
+                parts += map(self._middle.__getitem__, rest)
+                parts.append(self._last[last])
         except KeyError:
             return None
-
-    def _joined(self, runs: list[list[str]]) -> bytes:
-        parts = []
-        for first, *rest in runs:
-            parts.append(self._first[first])
-            parts += map(self._spaced.__getitem__, rest)
         return b"".join(parts)
 
-    def _learn(self, words: set[str], known: dict[str, bytes], before: str) -> None:
+    def _learn(self, runs: list[list[str]]) -> None:
+        several = [run for run in runs if len(run) > 1]
+        self._remember({run[0] for run in runs if len(run) == 1}, self._only, "")
+        self._remember({run[0] for run in several}, self._first, "")
+        self._remember({word for run in several for word in run[1:-1]}, self._middle, " ")
+        self._remember({run[-1] for run in several}, self._last, " ")
+
+    def _remember(self, words: set[str], known: dict[str, bytes], before: str) -> None:
         unknown = list(words.difference(known))
-        self._characters += sum(map(len, unknown))
+        self._remembered += sum(map(len, unknown)) + 60 * len(unknown)
         texts = [before + word for word in unknown]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for word, found in zip(unknown, encoded, strict=True):

@@ -69,6 +69,21 @@ def test_all_is_well(tmp_path: Path, base: Path) -> None:
     assert "ready to run" in plain.getvalue()
 
 
+def test_a_job_for_a_gpu_is_ready_elsewhere(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU here the job is no worse, and one line says what a run here would end with."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job = job_file(tmp_path, base).model_copy(update={"device": "cuda"})
+    report = check(job, stop=Stop())
+    assert report["code"] == 0
+    text = io.StringIO()
+    print_report(report, text)
+    assert "sees no GPU here: a run here would end with 69" in text.getvalue()
+    assert "ready to run, on a node with a GPU" in text.getvalue()
+    assert "too few to judge by" in text.getvalue()
+
+
 def test_every_fault_is_told_at_once(tmp_path: Path, base: Path) -> None:
     """A wrong name in the adapter does not hide the bad row, and both have near words and places."""
     rows = tiny.tiny_rows(3)
