@@ -48,12 +48,8 @@ def hub_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise JobError(
-            ExitCode.NOT_FOUND,
-            where,
-            "needs the network, and HF_HUB_OFFLINE is set",
-            "unset HF_HUB_OFFLINE",
-        ) from None
+        what = "needs the network, and HF_HUB_OFFLINE is set"
+        raise JobError(ExitCode.NOT_FOUND, where, what, "unset HF_HUB_OFFLINE") from None
     except HfHubHTTPError as error:
         raise _explained(where, error) from error
     except httpx2.HTTPError as error:
@@ -83,25 +79,21 @@ def _explained(where: str, error: Any) -> Exception:
     if status == 412:
         return MovedError("the repository has a newer commit")
     if status in BUSY:
-        return TransientError(
-            f"the Hub answered {status}", retry_after_s=_reset_s(error.response.headers)
-        )
+        wait_s = _reset_s(error.response.headers)
+        return TransientError(f"the Hub answered {status}", retry_after_s=wait_s)
     said = " ".join(str(error.server_message or "").split()) or f"answer {status}"
+    code, what, do = ExitCode.STORE, f"the Hub refused: {said}", "see the Hub's answer"
     if isinstance(error, GatedRepoError):
-        do = "accept its terms on its page, and set HF_TOKEN to a token that may read it"
         code, what = ExitCode.NOT_ALLOWED, "is gated, and we are not let in"
+        do = "accept its terms on its page, and set HF_TOKEN to a token that may read it"
     elif isinstance(error, RevisionNotFoundError):
-        do = "name a branch, tag or commit that it has"
         code, what = ExitCode.NOT_FOUND, "has no such revision"
+        do = "name a branch, tag or commit that it has"
     elif status == 404 or isinstance(error, RepositoryNotFoundError):
-        do = "see the name; if it is private, set HF_TOKEN"
         code, what = ExitCode.NOT_FOUND, "is not on the Hub, or is private"
+        do = "see the name; if it is private, set HF_TOKEN"
     elif status in (401, 403):
-        do = "set HF_TOKEN to a token that may do this"
-        code, what = ExitCode.NOT_ALLOWED, f"the Hub refused: {said}"
-    else:
-        do = "see the Hub's answer"
-        code, what = ExitCode.STORE, f"the Hub refused: {said}"
+        code, do = ExitCode.NOT_ALLOWED, "set HF_TOKEN to a token that may do this"
     return JobError(code, where, what, do)
 
 
@@ -171,16 +163,12 @@ def publish_folder(repo_id: str, folder: Path, *, private: bool, message: str, s
 
 
 class _Local:
-    """A file to publish: its size, and its digests when they are asked for the first time."""
+    """A file to publish, and its size and sha256."""
 
     def __init__(self, path: Path, stop: Stop) -> None:
         self.path = path
         self.size = path.stat().st_size
         self.sha256 = sha256_file(path, tick=stop.check)
-
-    def git_sha1(self) -> str:
-        body = self.path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
 
     def equals(self, remote: Any) -> bool:
         """Whether the Hub's tree entry is this file."""
@@ -188,7 +176,8 @@ class _Local:
             return False
         if remote.lfs is not None:
             return bool(remote.lfs.sha256 == self.sha256)
-        return bool(remote.blob_id == self.git_sha1())
+        body = b"blob %d\0" % self.size + self.path.read_bytes()
+        return bool(remote.blob_id == hashlib.sha1(body, usedforsecurity=False).hexdigest())
 
 
 def tree(repo_id: str, commit: str, *, repo_type: str = "model") -> dict[str, Any]:
@@ -224,13 +213,11 @@ def _one_commit(repo_id: str, files: dict[str, _Local], *, private: bool, messag
 
 
 def _verify(repo_id: str, commit: str, files: dict[str, _Local]) -> None:
-    with hub_errors(f"hf://{repo_id}@{commit}"):
+    where = f"hf://{repo_id}@{commit}"
+    with hub_errors(where):
         there = tree(repo_id, commit)
     wrong = [name for name, file in files.items() if not file.equals(there.get(name))]
     if wrong:
-        raise JobError(
-            ExitCode.NOT_PROVEN,
-            f"hf://{repo_id}@{commit}",
-            f"the Hub holds other bytes than were sent: {', '.join(wrong[:3])}",
-            "publish again; the copy in the store is whole",
-        )
+        what = f"the Hub holds other bytes than were sent: {', '.join(wrong[:3])}"
+        do = "publish again; the copy in the store is whole"
+        raise JobError(ExitCode.NOT_PROVEN, where, what, do)
