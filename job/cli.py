@@ -8,28 +8,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from job.errors import ExitCode, JobError
 
-EXTRAS = {
-    "boto3": "store",
-    "botocore": "store",
-    "huggingface_hub": "store",
-    "transformers": "check",
-    "pyarrow": "check",
-    "jinja2": "check",
-    "torch": "train",
-    "trl": "train",
-    "peft": "train",
-    "datasets": "train",
-    "accelerate": "train",
-    "safetensors": "train",
-    "gguf": "train",
-    "kubernetes": "k8s",
-    "rich": "k8s",
-    "cronsim": "k8s",
+MODULES = {
+    "store": "boto3 botocore huggingface_hub",
+    "check": "transformers pyarrow jinja2",
+    "train": "torch trl peft datasets accelerate safetensors gguf",
+    "k8s": "kubernetes rich cronsim",
 }
+EXTRAS = {module: extra for extra, modules in MODULES.items() for module in modules.split()}
+"""Module → the extra that brings it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,8 +151,12 @@ def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", choices=["text", "json"], default="text", help="on stdout")
 
 
-def _print(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+def _tell(arguments: argparse.Namespace, value: Any, show: Callable[[Any, TextIO], None]) -> None:
+    """Print a result on stdout: as JSON where that was asked for, else by ``show``."""
+    if arguments.output == "json":
+        print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    else:
+        show(value, sys.stdout)
 
 
 def _say(error: JobError) -> int:
@@ -186,7 +180,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from job.config import load_job
 
     report = check(load_job(arguments.job), stop=_stop())
-    _print(report) if arguments.output == "json" else print_report(report, sys.stdout)
+    _tell(arguments, report, print_report)
     return int(report.get("code", 0))
 
 
@@ -194,32 +188,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from job.run import Where, run
     from job.summary import print_summary
 
-    environment = os.environ
     where = Where(
         work=arguments.work,
         cache=arguments.cache_dir,
-        run_id=arguments.run_id or environment.get("LORA_JOB_RUN_ID"),
-        owner=environment.get("LORA_JOB_OWNER"),
+        run_id=arguments.run_id or os.environ.get("LORA_JOB_RUN_ID"),
+        owner=os.environ.get("LORA_JOB_OWNER"),
     )
     ending = run(arguments.job, where)
-    if ending.receipt is not None and arguments.output == "json":
-        _print(ending.receipt.model_dump(mode="json"))
-    elif ending.receipt is not None:
-        print_summary(ending.receipt, where.work, sys.stdout, reused=ending.reused)
+    if (receipt := ending.receipt) is not None:
+        show = lambda _, out: print_summary(receipt, where.work, out, reused=ending.reused)  # noqa: E731
+        _tell(arguments, receipt.model_dump(mode="json"), show)
     return ending.code
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from job.merge.stage import merge_folders
 
-    stop = _stop()
-    report = merge_folders(
-        arguments.adapter, arguments.base, arguments.out, arguments.format, stop=stop
-    )
-    if arguments.output == "json":
-        _print(report)
-    else:
-        print(f"merged and proven: {arguments.out} (the proof: {arguments.out}/merge_report.json)")
+    out = arguments.out
+    report = merge_folders(arguments.adapter, arguments.base, out, arguments.format, stop=_stop())
+    words = f"merged and proven: {out} (the proof: {out}/merge_report.json)"
+    _tell(arguments, report, lambda _, out: print(words, file=out))
     return 0
 
 
@@ -239,10 +227,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         stop=stop,
     )
-    if arguments.output == "json":
-        _print([answer.model_dump(mode="json") for answer in answers])
-    else:
-        print_answers(answers, sys.stdout)
+    told = [answer.model_dump(mode="json") for answer in answers]
+    _tell(arguments, told, lambda _, out: print_answers(answers, out))
     return 0
 
 
@@ -250,10 +236,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from job.fetch import fetch
 
     report = fetch(arguments.version, arguments.folder, stop=_stop())
-    if arguments.output == "json":
-        _print(report)
-    else:
-        print(f"{report['version']}: fetched and verified, in {arguments.folder}")
+    words = f"{report['version']}: fetched and verified, in {arguments.folder}"
+    _tell(arguments, report, lambda _, out: print(words, file=out))
     return 0
 
 
@@ -261,7 +245,7 @@ def _versions(arguments: argparse.Namespace) -> int:
     from job.store.show import list_or_prune, print_versions
 
     report = list_or_prune(arguments.name, keep=arguments.prune, stop=_stop())
-    _print(report) if arguments.output == "json" else print_versions(report, sys.stdout)
+    _tell(arguments, report, print_versions)
     return 0
 
 
@@ -269,5 +253,5 @@ def _probe(arguments: argparse.Namespace) -> int:
     from job.store.show import print_findings, probe_store
 
     report = probe_store(arguments.store, stop=_stop())
-    _print(report) if arguments.output == "json" else print_findings(report, sys.stdout)
+    _tell(arguments, report, print_findings)
     return int(report["code"])
