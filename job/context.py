@@ -36,9 +36,11 @@ class Context:
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage, time it, and hear a stop before it begins."""
         self.stop.check()
+        self.progress.end("start")
         self.progress.enter(name)
         began = time.monotonic()
         with structlog.contextvars.bound_contextvars(stage=name):
             log.info("stage_started")
             yield
+            self.progress.end(name)
             log.info("stage_finished", duration_s=round(time.monotonic() - began, 2))

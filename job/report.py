@@ -44,6 +44,7 @@ def render(context: Context) -> str:
         "data_report": _json(_newest(work, "prepare") / "data_report.json"),
         "adapter": _json(work / "train" / "artifact.json"),
         "history": _lines(_newest(work, "train") / "history.jsonl"),
+        "startup": dict(_json(work / "train" / "startup.json").get("parts", [])),
         "delta_norms": _json(work / "train" / "delta_norms.json"),
         "merged": _json(work / "merge" / "artifact.json"),
         "verdict": _json(work / "judge" / "artifact.json"),
@@ -72,7 +73,7 @@ def page(
     Args:
         job: The resolved job file.
         parts: What the stages left: model, data, dataset, data_report, adapter, history,
-            delta_norms, merged, verdict; empty where there is none.
+            startup, delta_norms, merged, verdict; empty where there is none.
         run_id: The run.
         epoch: The attempt.
         started: The run's start, unix seconds.
@@ -145,6 +146,9 @@ def _tiles(parts: Mapping[str, Any]) -> str:
         tiles.append(("Trained", f"{short(adapter['num_tokens'])} tokens", f"{steps} steps{early}"))
         duration = f"{adapter['duration_s']:,.0f} s in all"
         tiles.append(("Throughput", f"{short(adapter['tokens_per_s'])} tokens/s", duration))
+    if seconds := parts.get("startup"):
+        said = ", ".join(f"{k[:-2]} {short(s)}" for k, s in seconds.items() if k != "total_s")
+        tiles.append(("First step", f"after {seconds['total_s']:,.0f} s", said.replace("_", " ")))
     if merged:
         figures = merged["report"].get("logits", {})
         said = ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in _numbers(figures).items())

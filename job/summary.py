@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -28,6 +29,7 @@ def print_summary(receipt: Receipt, work: Path, out: TextIO, *, reused: bool) ->
         _row(out, "Version", receipt.uri)
     else:
         _print_figures(_read(folder / "train", Adapter), verdict, merged, out)
+        _print_startup(folder / "train" / "startup.json", out)
         _row(out, "Published", f"{receipt.uri}, read back and verified")
     if receipt.channel:
         _row(out, "Channel", f"{receipt.channel}: {receipt.channel_state}")
@@ -62,6 +64,14 @@ def _print_figures(
         _print_verdict(verdict, out)
     if merged is not None:
         _row(out, "Merged", _proof(merged))
+
+
+def _print_startup(path: Path, out: TextIO) -> None:
+    seconds = dict(json.loads(path.read_bytes())["parts"]) if path.exists() else {}
+    if seconds:
+        total = seconds.pop("total_s")
+        parts = ", ".join(f"{part[:-2].replace('_', ' ')} {s:g}" for part, s in seconds.items())
+        _row(out, "Started", f"the first step was done after {total:.0f} s: {parts}")
 
 
 def _print_verdict(verdict: Verdict, out: TextIO) -> None:

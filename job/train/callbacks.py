@@ -16,6 +16,7 @@ import structlog
 from transformers import TrainerCallback, set_seed
 
 from job.errors import ExitCode, JobError
+from job.progress import FIRST_STEP
 from job.train.checkpoints import CheckpointState, plain_groups, save_checkpoint
 from job.train.lora import require_gradients
 
@@ -79,6 +80,7 @@ class Life(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the figures; save when it is time; end when somebody asks, or time is up."""
         step = state.global_step
+        self.context.progress.end(FIRST_STEP)
         line = self.trainer.meters.step(
             step, self._loss, learning_rate=self._rate, grad_norm=self.trainer.grad_norm
         )

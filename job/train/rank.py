@@ -76,6 +76,10 @@ class RankProgress(Progress):
         super().update(**figures)
         self._line.say("progress", figures)
 
+    def end(self, part: str) -> None:
+        """Send it on; the clock is PID 1's."""
+        self._line.say("ended", part)
+
 
 class RankStop(Stop):
     """PID 1's wish, as an event that all ranks see."""

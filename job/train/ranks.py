@@ -170,6 +170,9 @@ class Host:
     def _on_progress(self, figures: dict[str, Any]) -> None:
         self.context.progress.update(**figures)
 
+    def _on_ended(self, part: str) -> None:
+        self.context.progress.end(part)
+
     def _on_event(self, method: str, event: dict[str, Any]) -> None:
         getattr(log, method)(**event)
 

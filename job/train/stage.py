@@ -79,6 +79,8 @@ def _train(
         adapter = train_in_ranks(context, model, dataset, folder, parts, resumed, count)
     else:
         adapter = train_here(context, model, dataset, folder, parts, restored, resumed, ALONE)
+    # A list: the order of the parts tells the story.
+    write_json(folder / "startup.json", {"parts": list(context.progress.startup().items())})
     for scratch in ("restored", "trainer"):
         shutil.rmtree(folder / scratch, ignore_errors=True)
     return adapter
@@ -144,6 +146,7 @@ def _prepare(
 
     job = context.job
     base = _load(context, source, peers)
+    context.progress.end("load")
     model = add_lora(base, job.lora, seed=job.seed, source=source)
     if job.lora.expert_forward == "grouped":
         use_grouped_lora(model)
@@ -176,6 +179,7 @@ def _prepare(
     life = Life(context, trainer, folder, parts, trackers)
     life.spent_s = resumed.duration_s if resumed else 0.0
     trainer.add_callback(life)
+    context.progress.end("adapt")
     return trainer, life
 
 

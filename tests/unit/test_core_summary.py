@@ -50,3 +50,12 @@ def test_a_rerun_of_a_published_run_does_not_pass_for_a_new_one(tmp_path: Path) 
     assert "Published at 2026-11-22T10:00:00+00:00, verified again now; nothing was trained" in said
     assert "--run-id" in said
     assert "fetch store/night@v my-adapter" in said
+
+
+def test_it_tells_what_the_start_was_spent_on(tmp_path: Path) -> None:
+    """Seconds from the process's start to the first step, part by part."""
+    folder = tmp_path / "night-1" / "train"
+    parts = [("start_s", 1.0), ("pull_s", 20.5), ("total_s", 21.5)]
+    write_json(folder / "startup.json", {"parts": parts})
+    said = summary(tmp_path, reused=False)
+    assert "the first step was done after 22 s: start 1, pull 20.5" in said

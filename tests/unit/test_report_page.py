@@ -82,6 +82,7 @@ def write_run(work: Path, *, text: str = "It is Canberra.", steps: int = 40) -> 
                 {"text": "<|im_start|>user\nHi<|im_end|>\n", "trained": False},
                 {"text": text + "<|im_end|>", "trained": True}]}],
         },
+        "train/startup.json": {"parts": [["start_s", 1.2], ["first_step_s", 3.4], ["total_s", 4.6]]},
         "train/artifact.json": {"sha256": "a" * 64, "steps": 40, "planned_steps": 50,
                                 "num_tokens": 19800, "tokens_per_s": 301.2, "duration_s": 66.1},
         "train/delta_norms.json": norms,
@@ -139,7 +140,7 @@ def test_the_page_needs_nothing_from_anywhere_and_is_well_formed(tmp_path: Path)
     assert not {"script", "link", "iframe", "img", "object"} & set(tags.seen)
     assert "@import" not in text
     assert "url(" not in text
-    for word in ("Held-out loss", "1.204", "from 3.412 (-2.208)", "Throughput", "Canberra", "German",
+    for word in ("Held-out loss", "1.204", "from 3.412 (-2.208)", "Throughput", "after 5 s", "first step 3.4", "Canberra", "German",
                  "Learning rate", "Gradient norm", "self_attn.q_proj", "hf://owner/base@abc",
                  "a" * 64, "of 50 planned", "38,210", "3.1e-6", "data.jsonl:7"):  # fmt: skip
         assert word in text, word
