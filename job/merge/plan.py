@@ -24,6 +24,7 @@ from job.merge.checkpoint import (
 )
 from job.merge.place import EMBEDDINGS, HEAD, Delta, Draft, place, untie
 
+FORMATS = {"fp32": "F32", "bf16": "BF16"}
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -60,8 +61,6 @@ class Plan:
     outputs: list[Output]
     config_edits: dict[str, Any]
     """Keys of config.json that change; None removes one."""
-    landed: dict[str, list[str]]
-    """Adapter key → the outputs it is in."""
 
     @property
     def size(self) -> int:
@@ -98,7 +97,8 @@ def make_plan(adapter: Path, base: Path, merge_format: str) -> Plan:
         for output in _outputs(draft, tensor, merge_format)
     ]
     edits = _config_edits(draft, outputs, merge_format, untied=untied)
-    return Plan(base, files, merge_format, outputs, edits, _landed(draft))
+    _require_landed(draft)
+    return Plan(base, files, merge_format, outputs, edits)
 
 
 def _outputs(draft: Draft, tensor: Tensor, merge_format: str) -> list[Output]:
@@ -125,8 +125,8 @@ def _outputs(draft: Draft, tensor: Tensor, merge_format: str) -> list[Output]:
 def _dtype_for(draft: Draft, tensor: Tensor, merge_format: str) -> str:
     if tensor.dtype not in (*FLOATS, MXFP4):
         return tensor.dtype
-    if merge_format in ("fp32", "bf16"):
-        return {"fp32": "F32", "bf16": "BF16"}[merge_format]
+    if merge_format in FORMATS:
+        return FORMATS[merge_format]
     if tensor.dtype != MXFP4:
         return tensor.dtype
     said = draft.config.get("dtype") or draft.config.get("torch_dtype") or "bfloat16"
@@ -138,9 +138,9 @@ def _config_edits(
 ) -> dict[str, Any]:
     """Return the few keys of config.json that the merge makes untrue."""
     edits: dict[str, Any] = {}
-    if merge_format in ("fp32", "bf16"):
+    if merge_format in FORMATS:
         key = "torch_dtype" if "torch_dtype" in draft.config else "dtype"
-        edits[key] = DTYPES[{"fp32": "F32", "bf16": "BF16"}[merge_format]]
+        edits[key] = DTYPES[FORMATS[merge_format]]
     if draft.config.get("quantization_config") and merge_format != "mxfp4-preserve":
         edits["quantization_config"] = None
     if untied:
@@ -153,17 +153,11 @@ def _config_edits(
     return {key: value for key, value in edits.items() if draft.config.get(key, ...) != value}
 
 
-def _landed(draft: Draft) -> dict[str, list[str]]:
-    landed: dict[str, list[str]] = {key: [] for key in draft.adapter.slots}
-    for name, delta in draft.deltas.items():
-        landed[delta.a_key].append(name)
-        landed[delta.b_key].append(name)
-    for name, key in draft.replaced.items():
-        landed[key].append(name)
-    lost = [key for key, names in landed.items() if not names]
+def _require_landed(draft: Draft) -> None:
+    landed = {key for delta in draft.deltas.values() for key in (delta.a_key, delta.b_key)}
+    lost = draft.adapter.slots.keys() - landed - set(draft.replaced.values())
     if lost:
-        raise draft.adapter.refused(f"{len(lost)} of its keys land nowhere, such as {lost[0]}")
-    return landed
+        raise draft.adapter.refused(f"{len(lost)} of its keys land nowhere, such as {min(lost)}")
 
 
 def _refuse_lossy(draft: Draft, base: Path) -> None:

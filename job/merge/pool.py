@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pickle
 import select
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,33 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ExitCode, JobError
+from job.files import explained
 from job.merge.task import Task
 from job.stop import Stop
 
 MOST_WORKERS = 8
 STOP_SECONDS = 0.2
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Refuse to begin what does not fit.
-
-    Raises:
-        JobError: 71, with the bytes needed and free.
-    """
-    if needed > shutil.disk_usage(folder).free:
-        raise full_disk(folder, needed)
-
-
-def full_disk(folder: Path, needed: int) -> JobError:
-    """Return the error of a disk that does not hold ``needed`` bytes."""
-    free = shutil.disk_usage(folder).free
-    return JobError(
-        ExitCode.OUT_OF_RESOURCES,
-        str(folder),
-        f"the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-        "give the working folder more space",
-    )
 
 
 def unproven(what: str) -> JobError:
@@ -102,12 +79,10 @@ class Workers:
                 process, task = busy.pop(pipe)
                 idle.append(process)
                 answer = _receive(process)
-                if "proven" in answer:
-                    yield task, answer["proven"]
-                elif answer.get("errno") in DISK_ERRORS:
-                    failed = full_disk(Path(task.path).parent, task.output.size)
+                if isinstance(answer, Exception):
+                    failed = failed or _meaning(answer, task)
                 else:
-                    failed = failed or unproven(answer["failed"])
+                    yield task, answer
         if failed:
             raise failed
 
@@ -120,10 +95,10 @@ def _send(process: subprocess.Popen[bytes], task: Task) -> None:
         process.stdin.flush()
 
 
-def _receive(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+def _receive(process: subprocess.Popen[bytes]) -> dict[str, float] | Exception:
     assert process.stdout is not None
     try:
-        answer: dict[str, Any] = pickle.load(process.stdout)
+        answer: dict[str, float] | Exception = pickle.load(process.stdout)
     except EOFError:
         code = process.wait()
     else:
@@ -134,3 +109,9 @@ def _receive(process: subprocess.Popen[bytes]) -> dict[str, Any]:
             "give the job 1 GB of memory more",
         )  # fmt: skip
     raise RuntimeError(f"a merge worker ended with {code}")
+
+
+def _meaning(error: Exception, task: Task) -> JobError:
+    """Return a worker's refusal as a person should read it."""
+    refusal = explained(error, task.path) if isinstance(error, OSError) else None
+    return refusal or unproven(f"{task.output.name}: {error}")

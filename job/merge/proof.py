@@ -61,7 +61,7 @@ class Proof:
         stored = self._read(self._target, self._offset, self._output.dtype, self._stored)
         if self._output.copied:
             if not np.array_equal(stored, self._read_raw()):
-                raise ProofError(f"{self._output.name}: a copied tensor differs from the base's")
+                raise self._wrong("a copied tensor differs from the base's")
             return
         base, change, merged, apart = self._space[:, : high - low]
         self._read_base(base)
@@ -114,7 +114,7 @@ class Proof:
             _as_fp32(self._read_raw(), self._output.source.dtype, wide)
 
     def _wrong(self, what: str) -> ProofError:
-        return ProofError(f"{self._output.name}, slice {self._matrix}: {what}")
+        return ProofError(f"slice {self._matrix}: {what}")
 
     def _not_nearest(self, total: Array, merged: Array, stored: Array, space: Array) -> Array:
         """Return the flat places where the stored value is not clearly the nearest to ``total``."""

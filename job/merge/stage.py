@@ -24,7 +24,6 @@ from job.files import fingerprint, sha256_file, write_bytes, write_json
 from job.merge.adapter import WEIGHTS
 from job.merge.checkpoint import read_json, shard_files
 from job.merge.plan import Plan, make_plan
-from job.merge.pool import check_disk
 from job.merge.stream import write_model
 from job.stop import Stop
 
@@ -190,7 +189,7 @@ def _summary(plan: Plan, figures: dict[str, dict[str, float]]) -> dict[str, Any]
     return {
         "format": plan.format,
         "num_parameters": int(sum(one["weights"] for one in figures.values())),
-        "keys_landed": len(plan.landed),
+        "keys_landed": len(plan.adapter.slots),
         "tensors_changed": sum(1 for output in plan.outputs if output.delta is not None),
         "tensors_copied": sum(1 for output in plan.outputs if output.copied),
         "size_bytes": plan.size,
@@ -216,7 +215,6 @@ def _copy_files(plan: Plan, inputs: _Inputs, folder: Path) -> None:
     given = inputs.tokenizer if inputs.tokenizer and inputs.tokenizer.is_dir() else None
     files = [p for p in sorted(inputs.base.iterdir()) if _belongs(p, own_tokenizer=given is None)]
     files += [p for p in sorted(given.iterdir()) if p.is_file()] if given else []
-    check_disk(folder, sum(path.stat().st_size for path in files))
     for path in files:
         if path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, folder / path.name)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from job.errors import ExitCode, JobError
-from job.files import write_json
+from job.files import explained, write_json
 from job.merge.checkpoint import INDEX, ITEM_BYTES, SINGLE, read_header
 from job.merge.plan import Output, Plan
-from job.merge.pool import DISK_ERRORS, Workers, check_disk, full_disk, unproven
+from job.merge.pool import Workers, unproven
 from job.merge.task import Task, cut
 from job.stop import Stop
 
@@ -108,7 +109,7 @@ def write_model(
         partial.unlink()
     shards = lay_out(plan)
     missing = [shard for shard in shards if not shard.is_whole(out / shard.name)]
-    check_disk(out, sum(shard.size for shard in missing))
+    _check_disk(out, sum(shard.size for shard in missing))
     with Workers(stop) as workers:
         writer = _Writer(plan, out, workers, progress)
         for shard in shards:
@@ -181,14 +182,20 @@ class _Writer:
             self.work(shard, partial, write=True)
             os.replace(partial, path)
         except OSError as error:
-            if error.errno in DISK_ERRORS:
-                raise full_disk(self._out, shard.size) from error
-            raise
+            raise explained(error, str(partial)) or error from error
         finally:
             partial.unlink(missing_ok=True)
         # The header as a stranger reads it, not as we meant it.
         if list(read_header(path)) != [output.name for output in shard.outputs]:
             raise unproven(f"{shard.name} does not read as it was written")
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        what = f"the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        do = "give the working folder more space"
+        raise JobError(ExitCode.OUT_OF_RESOURCES, str(folder), what, do)
 
 
 def _write_index(out: Path, shards: list[Shard]) -> None:

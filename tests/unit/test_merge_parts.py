@@ -109,7 +109,7 @@ def test_shards_that_would_be_too_large_are_cut_anew(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stream, "SHARD_BYTES", 100)
     adapter = AdapterFiles(Path("/a"), {}, {}, [], {})
     outputs = [output(name, (20,)) for name in "abcde"]
-    shards = stream.lay_out(Plan(Path("/b"), adapter, "bf16", outputs, {}, {}))
+    shards = stream.lay_out(Plan(Path("/b"), adapter, "bf16", outputs, {}))
     assert [shard.name for shard in shards] == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
     ]
