@@ -16,6 +16,8 @@ from job.errors import ExitCode, JobError
 from job.retry import TransientError
 
 CHUNK_BYTES = 4 << 20
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
+"""Ends of names that hold pickles: reading one runs whatever code is inside."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -104,12 +106,8 @@ def safe_relative(name: str, *, where: str) -> PurePosixPath:
     path = PurePosixPath(name)
     odd = any(character in name for character in "\\\0\n\r") or str(path) != name
     if odd or path.is_absolute() or not path.parts or ".." in path.parts or name == ".":
-        raise JobError(
-            ExitCode.NOT_PROVEN,
-            where,
-            f"names a file outside its folder: {name!r}",
-            "do not use it; publish again from a source that you trust",
-        )
+        do = "do not use it; publish again from a source that you trust"
+        raise JobError(ExitCode.NOT_PROVEN, where, f"names a file outside its folder: {name!r}", do)
     return path
 
 

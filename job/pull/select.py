@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from job.errors import ExitCode, JobError
+from job.files import PICKLES
 from job.pull.pin import SourceKind, not_found, not_proven
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 DATA_PATTERN = re.compile(r"\.(jsonl|ndjson|json|parquet|csv)(\.(gz|zst))?$", re.IGNORECASE)
 CARD, LICENSE = "README.md", "LICENSE"
@@ -28,7 +28,14 @@ def selected(names: Iterable[str], kind: SourceKind, *, where: str) -> list[str]
         JobError: 65 if a model has only pickles, 66 if there is nothing to use.
     """
     listed = sorted(names)
-    return _model_files(listed, where) if kind == "model" else _data_files(listed, where)
+    if kind == "model":
+        return _model_files(listed, where)
+    hidden = re.compile(r"(^|/)\.")
+    found = [n for n in listed if DATA_PATTERN.search(n) and not hidden.search(n)]
+    if not found:
+        what, do = "holds no jsonl, json, parquet or csv", "name a file or folder of rows"
+        raise not_found(where, what, do)
+    return found
 
 
 def _model_files(names: list[str], where: str) -> list[str]:
@@ -41,32 +48,14 @@ def _model_files(names: list[str], where: str) -> list[str]:
     if not weights:
         pickles = [n for n in at_root if n.endswith(PICKLES)]
         if pickles:
-            raise JobError(
-                ExitCode.DATA,
-                where,
-                f"has its weights in pickles only ({pickles[0]}), which can run code",
-                "use a model with .safetensors",
-            )
+            what = f"has its weights in pickles only ({pickles[0]}), which can run code"
+            raise JobError(ExitCode.DATA, where, what, "use a model with .safetensors")
         raise not_found(where, "holds no .safetensors", "name a folder or repository of a model")
     # Beside model-*.safetensors some repositories hold the same weights for other programs.
     named = [n for n in weights if n == "model.safetensors" or n.startswith("model-")]
     others = [n for n in at_root if n.endswith(MODEL_SUFFIXES) and n not in weights]
     licences = [n for n in at_root if n.startswith(LICENSE) and not n.endswith(MODEL_SUFFIXES)]
     return sorted({*(named or weights), *others, *licences})
-
-
-def _data_files(names: list[str], where: str) -> list[str]:
-    files = [
-        name
-        for name in names
-        if DATA_PATTERN.search(name)
-        and not any(p.startswith(".") for p in PurePosixPath(name).parts)
-    ]
-    if not files:
-        raise not_found(
-            where, "holds no jsonl, json, parquet or csv", "name a file or folder of rows"
-        )
-    return files
 
 
 def card_of(folder: Path) -> dict[str, Any]:
@@ -98,25 +87,18 @@ def check_model(folder: Path, names: Iterable[str], *, where: str, weights: bool
         raise not_found(where, "holds no config.json", "name a folder or repository of a model")
     for name in ("config.json", "tokenizer_config.json"):
         if name in listed and "auto_map" in _json(folder / name, where):
-            raise JobError(
-                ExitCode.DATA,
-                f"{where}/{name}",
-                "wants to run code of its own (auto_map), which is never done here",
-                "use an architecture that transformers knows, and remove auto_map",
-            )
+            what = "wants to run code of its own (auto_map), which is never done here"
+            do = "use an architecture that transformers knows, and remove auto_map"
+            raise JobError(ExitCode.DATA, f"{where}/{name}", what, do)
     shards = {n for n in listed if n.endswith(".safetensors")}
     if weights:
         for name in sorted(shards):
             check_safetensors(folder / name, where=f"{where}/{name}")
-        if INDEX in listed:
-            _check_index(_json(folder / INDEX, where), shards, where)
-
-
-def _check_index(index: dict[str, Any], shards: set[str], where: str) -> None:
-    missing = sorted(set(index.get("weight_map", {}).values()) - shards)
-    if missing:
-        what = f"lacks {len(missing)} of the shards in its index, first {missing[0]}"
-        raise not_found(where, what, "pull or copy it again, whole")
+        index = _json(folder / INDEX, where) if INDEX in listed else {}
+        missing = sorted(set(index.get("weight_map", {}).values()) - shards)
+        if missing:
+            what = f"lacks {len(missing)} of the shards in its index, first {missing[0]}"
+            raise not_found(where, what, "pull or copy it again, whole")
 
 
 def _json(path: Path, where: str) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.errors import ExitCode, JobError
-from job.files import list_files, safe_relative, sha256_file
+from job.files import PICKLES, list_files, safe_relative, sha256_file
 from job.progress import Progress
 from job.stop import Stop
 from job.store.base import Store, require_same
 from job.store.transfer import Meter, each
 
 MANIFEST = "manifest.json"
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
 
 
 class Content(BaseModel):
@@ -67,7 +66,7 @@ def require_safe(names: dict[str, Content] | dict[str, Path], *, where: str) -> 
     seen: set[str] = set()
     for name in names:
         path = safe_relative(name, where=where)
-        if path.suffix.lower() in PICKLES:
+        if name.lower().endswith(PICKLES):
             do = "use safetensors and JSON; unpickling runs whatever code is inside"
             raise JobError(ExitCode.NOT_PROVEN, where, f"holds a pickle: {name!r}", do)
         if any(part.startswith(".") for part in path.parts):

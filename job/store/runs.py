@@ -6,6 +6,7 @@ fenced: it writes nothing more that counts, and ends with 76.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -89,12 +90,11 @@ class Attempt:
     def inputs(self, resolve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what the run's moving inputs were pinned to, by whichever attempt came first."""
         key = f"{self._root}/inputs.json"
-        if self.store.get(key) is None:
-            try:
-                self.store.create(key, to_json(resolve()))
-            except ExistsError:
-                log.info("inputs_resolved_elsewhere", reason="another attempt was first")
         found = self.store.get(key)
+        if found is None:
+            with contextlib.suppress(ExistsError):  # another attempt was first
+                self.store.create(key, to_json(resolve()))
+            found = self.store.get(key)
         assert found is not None
         pinned: dict[str, Any] = json.loads(found.body)
         return pinned
@@ -155,11 +155,8 @@ class Attempt:
         body, key = receipt.model_dump(mode="json"), f"{self._root}/receipt.json"
         state = f"published:{receipt.version}"
         self._swap(self._lasting, lambda head: head.update(state=state, receipt=body))
-        try:
-            self._lasting.create(key, to_json(body))
-        except ExistsError:
-            # Said before, with less in it (the channel had not moved yet).
-            self._lasting.put(key, to_json(body))
+        # Written again once the channel has moved: only the head's holder comes here.
+        self._lasting.put(key, to_json(body))
 
     def receipt(self) -> Receipt | None:
         """Return the Receipt of a run that is published already, by whichever attempt."""

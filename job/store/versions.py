@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ from job.config import NAME_PATTERN
 from job.errors import ExitCode, JobError
 from job.files import to_json
 from job.stop import Stop
-from job.store.base import ConflictError, ExistsError, Small, Store
+from job.store.base import ConflictError, ExistsError, Store
 from job.store.manifest import (
     MANIFEST,
     Listing,
@@ -93,13 +94,9 @@ def write_version(
         for key, path in visible_files(folder, f"{part}/").items()
     }
     files = send(store, place, paths, stop=stop, read_back=True)
-    manifest = Manifest(
-        files=files,
-        name=name,
-        version=version,
-        run=attempt.run_id,
-        epoch=attempt.epoch,
-        lineage=lineage,
+    made_by = {"run": attempt.run_id, "epoch": attempt.epoch, "lineage": lineage}
+    manifest = Manifest.model_validate(
+        {"files": files, "name": name, "version": version, **made_by}
     )
     try:
         store.create(f"{place}/{MANIFEST}", manifest.body())
@@ -161,7 +158,7 @@ def resolve(store: Store, name: str, reference: str | None) -> str:
         if pointer is not None:
             return str(pointer["version"])
     elif not reference:
-        present = _finished(store, name)
+        present, _ = _listed(store, name)
         if present:
             return present[-1]
     what = f"has no channel or version {reference}" if reference else "has no version"
@@ -173,7 +170,7 @@ def list_versions(store: Store, name: str) -> list[dict[str, Any]]:
     """Return what is published under a name, oldest first, with the channels that point to it."""
     pointers = channels(store, name)
     rows = []
-    for version in _finished(store, name):
+    for version in _listed(store, name)[0]:
         manifest = read_manifest(store, name, version)
         row = {"version": version, "size_bytes": manifest.size_bytes, "run": manifest.run}
         pointing = sorted(c for c, p in pointers.items() if p["version"] == version)
@@ -208,19 +205,15 @@ def move_channel(
             return "moved"
         if found and (present["order"], present["version"]) > (list(order), version):
             return "superseded"
-        body = to_json(_moved(present, version, order))
+        move = {"version": version, "order": list(order)}
+        moves = [*present["moves"], {**move, "at": round(time.time())}][-MOVES_KEPT:]
+        body = to_json({**move, "seq": present["seq"] + 1, "moves": moves})
         try:
             store.swap(key, body, found.tag) if found else store.create(key, body)
         except (ConflictError, ExistsError):
             log.info("channel_raced", channel=channel, reason="it moved meanwhile; looking again")
         else:
             return "moved"
-
-
-def _moved(present: dict[str, Any], version: str, order: tuple[int, int]) -> dict[str, Any]:
-    move = {"version": version, "order": list(order), "at": round(time.time())}
-    moves = [*present["moves"], move][-MOVES_KEPT:]
-    return {"seq": present["seq"] + 1, "version": version, "order": list(order), "moves": moves}
 
 
 def prune(store: Store, name: str, keep: int) -> list[str]:
@@ -231,48 +224,38 @@ def prune(store: Store, name: str, keep: int) -> list[str]:
     if keep < 1:
         raise JobError(ExitCode.USAGE, "--prune", "would leave nothing", "keep at least 1")
     below = f"{name}/versions"
-    finished = _finished(store, name)
+    finished, unfinished = _listed(store, name)
     named = {pointer["version"] for pointer in channels(store, name).values()}
     doomed = [version for version in finished[:-keep] if version not in named]
-    doomed += _left_behind(store, name, set(finished))
+    long_ago = time.time() - UNFINISHED_S
+    doomed += sorted(version for version, when in unfinished.items() if when < long_ago)
     delete_folders(store, below, iter(doomed))
     store.sweep(f"{below}/", older_than_s=UNFINISHED_S)
     return doomed
 
 
-def _left_behind(store: Store, name: str, finished: set[str]) -> list[str]:
-    newest: dict[str, float] = {}
+def _listed(store: Store, name: str) -> tuple[list[str], dict[str, float]]:
+    """Return the versions that have a manifest, oldest first, and the others' times of change."""
+    finished: dict[str, tuple[str, int, str]] = {}
+    changed: dict[str, float] = {}
     for entry in store.list(f"{name}/versions/"):
-        version = entry.key.split("/")[2]
-        newest[version] = max(entry.modified_s, newest.get(version, 0.0))
-    long_ago = time.time() - UNFINISHED_S
-    return sorted(v for v, when in newest.items() if v not in finished and when < long_ago)
-
-
-def _finished(store: Store, name: str) -> list[str]:
-    """Return the versions that have a manifest, oldest first."""
-    depth = len(version_folder(name, "x").split("/"))
-    entries = (entry.key.split("/") for entry in store.list(f"{name}/versions/"))
-    found = [parts[2] for parts in entries if len(parts) == depth + 1 and parts[-1] == MANIFEST]
-    return sorted((v for v in found if VERSION_PATTERN.match(v)), key=_order)
-
-
-def _order(version: str) -> tuple[str, int, str]:
-    match = VERSION_PATTERN.match(version)
-    assert match is not None
-    return match[1], int(match[2]), version
+        version, _, file = entry.key.removeprefix(f"{name}/versions/").partition("/")
+        changed[version] = max(entry.modified_s, changed.get(version, 0.0))
+        match = VERSION_PATTERN.match(version)
+        if match and file == MANIFEST:
+            finished[version] = match[1], int(match[2]), version
+    unfinished = {v: when for v, when in changed.items() if v not in finished}
+    return sorted(finished, key=lambda version: finished[version]), unfinished
 
 
 def _read_pointer(store: Store, name: str, channel: str) -> dict[str, Any] | None:
     key = f"{name}/channels/{channel}.json"
-    found: Small | None = store.get(key)
+    found = store.get(key)
     if found is None:
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         pointer: dict[str, Any] = json.loads(found.body)
         if VERSION_PATTERN.match(pointer["version"]):
             return pointer
-    except (ValueError, KeyError, TypeError):
-        pass
     what, do = "is no channel", "see who wrote it; publish again to move it"
     raise JobError(ExitCode.NOT_PROVEN, f"{store.uri}/{key}", what, do)
