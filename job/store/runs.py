@@ -163,13 +163,9 @@ class Attempt:
         body = self._head.get("receipt")
         return Receipt.model_validate(body) if body else None
 
-    def put(self, name: str, content: Path | bytes) -> None:
+    def put(self, name: str, body: bytes) -> None:
         """Write a file of this attempt (a log, a report); signals and fences don't stop it."""
-        key = f"{self._root}/attempts/{self.epoch}/{name}"
-        if isinstance(content, bytes):
-            self._last.put(key, content)
-        else:
-            self._last.upload(key, content)
+        self._last.put(f"{self._root}/attempts/{self.epoch}/{name}", body)
 
     def end(self, record: dict[str, Any]) -> None:
         """Write the last words: exit.json, then the head's state, if it is still ours."""
@@ -272,10 +268,8 @@ def take(
 
 
 def _tidy(store: Store, run_id: str, job_text: bytes) -> None:
-    try:
+    with contextlib.suppress(ExistsError):  # the first attempt's stays
         store.create(f"{run_folder(run_id)}/job.yaml", job_text)
-    except ExistsError:
-        log.debug("job_file_kept", reason="the first attempt's stays")
     try:
         store.sweep(f"{run_folder(run_id)}/checkpoints/")
     except JobError as error:

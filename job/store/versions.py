@@ -200,7 +200,7 @@ def move_channel(
     key = f"{name}/channels/{channel}.json"
     while True:
         found = store.get(key)
-        present = json.loads(found.body) if found else {"seq": 0, "moves": []}
+        present: dict[str, Any] = json.loads(found.body) if found else {"seq": 0, "moves": []}
         if found and present["version"] == version:
             return "moved"
         if found and (present["order"], present["version"]) > (list(order), version):
