@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from job.errors import ExitCode, JobError, name_of
@@ -295,8 +295,3 @@ def require_namespace(cluster: Cluster) -> Object:
         where = f"{cluster.host}: {cluster.namespace}"
         raise JobError(ExitCode.NOT_FOUND, where, "there is no such namespace", do)
     return namespace
-
-
-def utc(stamp: float | None) -> str:
-    """Return seconds since 1970 as a short UTC time."""
-    return datetime.fromtimestamp(stamp, UTC).strftime("%Y-%m-%d %H:%MZ") if stamp else "-"

@@ -6,12 +6,13 @@ import contextlib
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from k8s.cluster import Cluster
 from k8s.refusals import ForbiddenError
 from k8s.render import SELECTOR
-from k8s.runs import Run, assemble, observe, require_namespace, utc
+from k8s.runs import Run, assemble, observe, require_namespace
 from k8s.stored import Stored
 
 
@@ -26,6 +27,11 @@ def span(duration_s: float | None) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _utc(stamp: float | None) -> str:
+    """Return seconds since 1970 as a short UTC time."""
+    return datetime.fromtimestamp(stamp, UTC).strftime("%Y-%m-%d %H:%MZ") if stamp else "-"
 
 
 def print_status(run: Run, out: TextIO, *, now: float) -> None:
@@ -47,7 +53,7 @@ def print_status(run: Run, out: TextIO, *, now: float) -> None:
 
 def _state(run: Run, now: float) -> str:
     if run.is_over:
-        return f"{run.state} {utc(run.ended)}, after {_took(run, now)}"
+        return f"{run.state} {_utc(run.ended)}, after {_took(run, now)}"
     since = run.started if run.state == "running" else run.created
     return f"{run.state} for {span(now - since) if since else '-'}"
 
