@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 
 from job.errors import ExitCode, JobError
-from job.files import fsync_folder, list_files, refusals, write_bytes
+from job.files import fsync_folder, list_files, refusals, require_space, write_bytes
 from job.stop import Stop
 from job.store import open_store
 from job.store.manifest import MANIFEST, receive
@@ -40,7 +40,8 @@ def fetch(spec: str, folder: Path, *, stop: Stop) -> dict[str, Any]:
     with refusals(str(partial)):
         partial.mkdir(parents=True, exist_ok=True)
         _drop_strangers(partial, manifest)
-        _require_space(partial, manifest)
+        there = sum((partial / name).stat().st_size for name in list_files(partial))
+        require_space(partial, manifest.size_bytes - there)
         place = version_folder(name, version)
         kept = receive(store, place, manifest.files, partial, stop=stop)
         _require_plain_adapter(partial)
@@ -81,14 +82,6 @@ def _drop_strangers(partial: Path, manifest: Manifest) -> None:
     for path in [partial, *partial.rglob("*")]:
         if path.is_symlink():
             path.unlink()
-
-
-def _require_space(partial: Path, manifest: Manifest) -> None:
-    there = sum((partial / name).stat().st_size for name in list_files(partial))
-    needed, free = manifest.size_bytes - there, shutil.disk_usage(partial).free
-    if needed > free:
-        what = f"{needed / 1e6:,.1f} MB are needed, and {free / 1e6:,.1f} MB are free"
-        raise JobError(ExitCode.OUT_OF_RESOURCES, str(partial), what, "free some space")
 
 
 def _require_plain_adapter(partial: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -116,6 +117,15 @@ def list_files(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise 71 if there is less room for new files in ``folder`` than they need."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        what = f"{needed_bytes / 1e6:,.1f} MB more are needed, {free / 1e6:,.1f} MB are free"
+        do = "free some space there, or use another folder"
+        raise JobError(ExitCode.OUT_OF_RESOURCES, str(folder), what, do)
 
 
 def explained(error: OSError, where: str | None = None) -> JobError | None:

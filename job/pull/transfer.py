@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from job.errors import ExitCode, JobError
-from job.files import CHUNK_BYTES, refusals, safe_relative
+from job.files import CHUNK_BYTES, refusals, require_space, safe_relative
 from job.progress import Progress
 from job.pull.pin import Pin, PinnedFile, not_proven
 from job.retry import TransientError, retry
@@ -45,11 +43,7 @@ def download(
     """
     paths = {name: folder / safe_relative(name, where=pin.uri) for name in pin.files}
     lacking = pin.size_bytes - sum(_begin(path).stat().st_size for path in paths.values())
-    free = shutil.disk_usage(folder).free
-    if lacking > free:
-        what = f"{pin.uri} needs {lacking / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free"
-        do = "free some space, or use --work"
-        raise JobError(ExitCode.OUT_OF_RESOURCES, str(folder), what, do)
+    require_space(folder, lacking)
     log.info("pull_started", what=pin.uri, num_files=len(paths), size_bytes=pin.size_bytes)
     meter = Meter(pin.uri, lacking, progress)
 

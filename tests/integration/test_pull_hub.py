@@ -318,7 +318,7 @@ def test_a_disk_that_is_too_small_is_told_before(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     error = refusal(MODEL, tmp_path)
     assert error.code is ExitCode.OUT_OF_RESOURCES
-    assert "GB" in str(error)
+    assert "MB are free" in str(error)
     assert hub.count("/resolve/") == 0
 
 

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_71(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         fetch(made.spec, tmp_path / "out", stop=Stop())
     assert caught.value.code is ExitCode.OUT_OF_RESOURCES
-    assert "1,000,000,000.3 MB are needed" in str(caught.value)
+    assert "1,000,000,000.3 MB more are needed" in str(caught.value)
 
 
 def test_a_full_disk_is_71(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
