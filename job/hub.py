@@ -114,7 +114,7 @@ def interruptible(call: Callable[[], T], *, stop: Stop) -> T:
     The client sleeps inside its own calls (a 429 may ask for minutes), where it hears nothing. It
     is left behind in its thread: what it may still do is one whole commit, or nothing.
     """
-    return each(lambda _, __: call(), [None], stop=stop)[0]
+    return each(lambda _, __: call(), [None], stop=stop, daemon=True)[0]
 
 
 def check_access(section: HubSection, *, stop: Stop) -> None:

@@ -53,7 +53,7 @@ def download(
 
     # The largest first: the others fill the streams beside it.
     names = sorted(paths, key=lambda name: -pin.files[name].size)
-    found = each(pull_file, names, stop=stop, workers=NUM_STREAMS)
+    found = each(pull_file, names, stop=stop, workers=NUM_STREAMS, daemon=True)
     return dict(sorted(zip(names, found, strict=True)))
 
 

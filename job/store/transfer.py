@@ -62,12 +62,14 @@ def each(
     *,
     stop: Stop,
     workers: int = FILES_AT_ONCE,
+    daemon: bool = False,
 ) -> list[R]:
     """Return ``call(item, inner_stop)`` for all items, several at once.
 
     The first failure, or ``stop``, is raised; the others are asked to end by the inner stop and
     get a second to clean up behind them, not more: one may hang on a server that says nothing.
-    The threads are daemons, so that such a one does not keep the process either.
+    The process's end waits for it, that it may throw away the parts that it sent; not for a
+    ``daemon``, which leaves nothing behind.
     """
     inner, todo = Stop(), deque(enumerate(items))
     done: SimpleQueue[tuple[int, R | BaseException]] = SimpleQueue()
@@ -82,7 +84,7 @@ def each(
                     done.put((number, error))
 
     threads = [
-        threading.Thread(target=work, name="transfer", daemon=True)
+        threading.Thread(target=work, name="transfer", daemon=daemon)
         for _ in range(min(workers, len(items)))
     ]
     for thread in threads:
