@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from job.config import JobConfig
 from job.errors import TABLE, Action
 from job.files import fingerprint
-from k8s.config import ClusterConfig, refuse_secrets
 from k8s.kustomize import MANIFESTS, build, merge
+
+if TYPE_CHECKING:  # the models of a job file take longer than a verb that reads none
+    from job.config import JobConfig
+    from k8s.config import ClusterConfig
 
 Object = dict[str, Any]
 
@@ -53,6 +55,8 @@ def _on_codes(action: str, operator: str, values: list[int]) -> Object:
 
 def job_file(job: JobConfig) -> str:
     """Return the job file that the pod reads: what its author set, without the comments."""
+    from k8s.config import refuse_secrets
+
     settings = job.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     refuse_secrets(text, where="the job file")

@@ -6,11 +6,13 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.stop import Stop
+
+if TYPE_CHECKING:
+    from job.config import JobConfig
 
 T = TypeVar("T")
 
