@@ -213,6 +213,20 @@ class Mission:
         """Return the receipt of a published run."""
         return self.s3.read(self.store, f"_runs/{run}/receipt.json")  # type: ignore[no-any-return]
 
+    def unschedulable(self, run: str) -> None:
+        """Wait until a pod of the run has been looked at, and no node takes it."""
+
+        def refused(pods: list[Object]) -> bool:
+            return any(
+                one.get("reason") == "Unschedulable"
+                for pod in pods
+                if pod["metadata"].get("labels", {}).get(JOB_NAME) == run
+                for one in pod["status"].get("conditions", [])
+            )
+
+        path = f"{CORE.format(self.namespace)}/pods"
+        assert self.machine.plane.wait(path, refused, within_s=120)
+
     def evict(self, pod: str) -> None:
         """Evict a pod as `kubectl drain` does."""
         path = f"{CORE.format(self.namespace)}/pods/{pod}/eviction"

@@ -75,7 +75,7 @@ class NodeMachine:
         self.image = self._image()
         self.plane.start()
         self._kubelet.start()
-        ready = self.plane.wait_for(f"/api/v1/nodes/{NODE}", _is_ready, within_s=120)
+        ready = self.plane.wait_for(f"/api/v1/nodes/{NODE}", is_ready, within_s=120)
         assert ready, self._kubelet.tail()
         self.set_gpus(1)
 
@@ -103,6 +103,30 @@ class NodeMachine:
             return node["status"]["allocatable"].get("nvidia.com/gpu") == str(count)
 
         self.plane.wait_for(path, shown)
+
+    @contextlib.contextmanager
+    def cordoned(self) -> Iterator[None]:
+        """Let the node take no new pods, as `kubectl cordon` does, for a while."""
+        path = f"/api/v1/nodes/{NODE}"
+        self.plane.patch(path, {"spec": {"unschedulable": True}})
+        try:
+            yield
+        finally:
+            self.plane.patch(path, {"spec": {"unschedulable": None}})
+
+    @contextlib.contextmanager
+    def dead(self, namespace: str, pod: str) -> Iterator[None]:
+        """Let the node fall silent, and the pod's process with it; at the end it is back, empty."""
+        self._kubelet.stop(number=signal.SIGKILL)
+        self.kill(namespace, pod)
+        try:
+            yield
+        finally:
+            path = f"/api/v1/nodes/{NODE}"
+            self._kubelet.start()
+            self.plane.wait_for(path, is_ready, within_s=120)
+            self.plane.patch(path, {"spec": {"taints": None}})
+            self.set_gpus(1)
 
     def kill(self, namespace: str, pod: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the first process of a pod's container, from outside."""
@@ -249,6 +273,7 @@ class NodeMachine:
             "imageGCHighThresholdPercent": 100,
             "nodeStatusUpdateFrequency": "5s",
             "nodeStatusReportFrequency": "5s",
+            "volumeStatsAggPeriod": "5s",
             "serializeImagePulls": False,
         }
         path = self.folder / "kubelet.yaml"
@@ -294,8 +319,9 @@ def _run(*command: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _is_ready(node: dict[str, Any]) -> bool:
-    conditions = node.get("status", {}).get("conditions", [])
+def is_ready(item: dict[str, Any]) -> bool:
+    """Return whether a node, or a pod, is ready."""
+    conditions = item.get("status", {}).get("conditions", [])
     return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
 

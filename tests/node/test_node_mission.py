@@ -10,6 +10,7 @@ from typing import Any
 
 from controlplane import ROOT
 from missions import BATCH, CORE, Mission
+from node_machine import is_ready
 
 
 def test_submit_trains_merges_publishes_and_anybody_fetches(
@@ -38,6 +39,7 @@ def test_submit_trains_merges_publishes_and_anybody_fetches(
         mission.store, f"mission/versions/{receipt['version']}/manifest.json"
     )
     assert mission.machine.image in json.dumps(manifest["lineage"])
+    assert manifest["lineage"]["save_s"] == mission.head(name)["save_s"] > 0
 
     fetched = tmp_path / "fetched"
     mission.types("fetch", f"{mission.store}/mission@nightly", fetched)
@@ -74,7 +76,12 @@ def test_deleted_drained_and_killed_the_adapter_is_the_undisturbed_one(
     step = mission.checkpoint_after(run, step)
 
     second = mission.pods(run)[-1]["metadata"]["name"]
-    mission.evict(second)  # as a drain does
+    with mission.machine.cordoned():  # what `kubectl drain` does: cordon, then evict
+        mission.evict(second)
+        mission.unschedulable(run)
+        why = mission.ask("why", run)
+        assert why["cause"] == "cordoned"
+        assert "kubectl uncordon" in why["do"]
     ends.append(75)
     mission.until(run, lambda head: head.get("epoch", 0) == 3)
     step = mission.checkpoint_after(run, step)
@@ -92,6 +99,42 @@ def test_deleted_drained_and_killed_the_adapter_is_the_undisturbed_one(
     assert mission.receipt(run)["adapter_sha256"] == theirs["adapter_sha256"]
     # The deleted and the drained one do not count, the killed one does.
     assert mission.job(run)["status"].get("failed") == 1
+
+
+def test_a_node_that_vanishes_holds_its_run_until_somebody_says_that_it_is_dead(
+    mission: Mission,
+) -> None:
+    """Two pods of a run never write at once; `why` names the node and how to let go of it."""
+    run = mission.submit("lost")
+    mission.checkpoint_after(run, 0)
+    [pod] = mission.pods(run)
+    name, plane = pod["metadata"]["name"], mission.machine.plane
+    with mission.machine.dead(mission.namespace, name):
+        path = f"{CORE.format(mission.namespace)}/pods/{name}"
+        assert plane.wait_for(path, lambda it: not is_ready(it), within_s=120)
+        assert mission.ask("status", run)["state"] == "lost"
+        why = mission.ask("why", run)
+        assert why["cause"] == "node-lost"
+        node = pod["spec"]["nodeName"]
+        assert f"kubectl delete node {node}" in why["do"]
+        assert [one["metadata"]["name"] for one in mission.pods(run)] == [name]
+        taint = {"key": "node.kubernetes.io/out-of-service", "value": "dead"}
+        taints = [*plane.get(f"/api/v1/nodes/{node}")["spec"]["taints"]]
+        taints.append({**taint, "effect": "NoExecute"})
+        plane.patch(f"/api/v1/nodes/{node}", {"spec": {"taints": taints}})
+        mission.unschedulable(run)
+    assert mission.over(run) == "Complete"
+    assert [end["code"] for end in mission.head(run)["ends"]] == [None, 0]
+
+
+def test_a_full_disk_share_is_explained(mission: Mission) -> None:
+    """The kubelet evicts a pod that passes its limit; `why` gives the figures and the setting."""
+    run = mission.submit("filling", steps=4000, ephemeral_storage="1Mi", backoff_limit=0)
+    assert mission.over(run) == "BackoffLimitExceeded"
+    why = mission.ask("why", run)
+    assert why["cause"] == "evicted"
+    assert "limit of containers 1Mi" in why["what"]
+    assert "raise ephemeral_storage in the cluster file (1Mi now" in why["do"]
 
 
 def test_out_of_memory_is_explained(mission: Mission) -> None:
@@ -208,16 +251,7 @@ def test_a_second_gpu_job_waits_and_cancel_keeps_a_checkpoint(mission: Mission) 
     first = mission.submit("first", steps=400)
     step = mission.checkpoint_after(first, 0)
     second = mission.submit("second", steps=10)
-    plane, pods = mission.machine.plane, f"{CORE.format(mission.namespace)}/pods"
-
-    def refused(found: list[dict[str, Any]]) -> bool:
-        return any(
-            one.get("reason") == "Unschedulable"
-            for pod in found
-            for one in pod["status"].get("conditions", [])
-        )
-
-    plane.wait(pods, refused)
+    mission.unschedulable(second)
     why = mission.ask("why", second)
     assert why["cause"] == "gpus"
     assert first in str(why)
