@@ -10,7 +10,7 @@ from job.stop import Stop
 from k8s.cluster import Cluster
 from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import QUEUE, STORE, Object
-from k8s.runs import JOB_LABEL, Run, condition, find, missing
+from k8s.runs import JOB_LABEL, Run, condition, find, is_lost, missing
 from k8s.watch import changes, until
 
 Say = Callable[[str], None]
@@ -93,5 +93,6 @@ def _await_pods(cluster: Cluster, name: str, stop: Stop) -> None:
     selector = f"{JOB_LABEL}={name}"
     for pods in changes(cluster, "Pod", wait=stop.wait, labelSelector=selector):
         alive = [pod for pod in pods if pod["status"].get("phase") in ("Pending", "Running")]
-        if not alive:
+        # A silent node tells of no end, however long one waits.
+        if all(map(is_lost, alive)):
             return

@@ -145,16 +145,17 @@ def state_of(job: Object, pods: Iterable[Object]) -> str:
         return "ending"
     if job["spec"].get("suspend"):
         return "queued" if QUEUE in job["metadata"].get("labels", {}) else "suspended"
-    running = [pod for pod in pods if "running" in container(pod).get("state", {})]
-    if not running:
+    lost = [is_lost(pod) for pod in pods if "running" in container(pod).get("state", {})]
+    if not lost:
         return "pending"
-    return "lost" if all(map(_is_lost, running)) else "running"
+    return "lost" if all(lost) else "running"
 
 
-def _is_lost(pod: Object) -> bool:
+def is_lost(pod: Object) -> bool:
     """Return whether the control plane wrote the pod off, which its silent node calls running."""
     conditions = pod["status"].get("conditions") or []
-    return any(one["type"] == "Ready" and one["status"] == "False" for one in conditions)
+    unready = any(one["type"] == "Ready" and one["status"] == "False" for one in conditions)
+    return unready and "running" in container(pod).get("state", {})
 
 
 def gpus_of(job: Object) -> int:

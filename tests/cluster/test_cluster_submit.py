@@ -277,6 +277,25 @@ def test_cancel_waits_for_the_pod_then_deletes(me: Person, controllers: ControlP
     assert me.types("status", run)[0] == 66
 
 
+def test_a_silent_node_is_told_and_cancel_does_not_wait_for_it(
+    me: Person, controllers: ControlPlane
+) -> None:
+    """The node controller wrote its pod off: nobody will ever tell of its end."""
+    controllers.add_node(f"silent-{me.namespace}", gpus=1, labels={"mine": me.namespace})
+    run = me.submits(node_selector=only(me.namespace))[1].strip()
+    pod = pod_of(controllers, me.namespace, run)
+    path = f"/api/v1/namespaces/{me.namespace}/pods/{pod}"
+    controllers.wait_for(path, lambda it: it["spec"].get("nodeName"))
+    controllers.run_pod(me.namespace, pod)
+    conditions = [{"type": "Ready", "status": "False"}]
+    controllers.patch(f"{path}/status", {"status": {"conditions": conditions}}, kind="strategic")
+    assert "lost for" in me.types("status", run)[1]
+    assert f"kubectl delete node silent-{me.namespace}" in me.types("why", run)[1]
+    code, _, err = me.types("cancel", run)
+    assert code == 0, err
+    assert jobs(controllers, me.namespace) == []
+
+
 def test_cancel_now_deletes_at_once(me: Person, controllers: ControlPlane) -> None:
     """`--now` does not wait."""
     run = me.submits()[1].strip()
