@@ -12,15 +12,6 @@ from typing import Any, NoReturn, TextIO
 
 from job.errors import ExitCode, JobError
 
-MODULES = {
-    "store": "boto3 botocore huggingface_hub",
-    "check": "transformers pyarrow jinja2",
-    "train": "torch trl peft datasets accelerate safetensors gguf",
-    "k8s": "kubernetes rich cronsim",
-}
-EXTRAS = {module: extra for extra, modules in MODULES.items() for module in modules.split()}
-"""Module → the extra that brings it."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong command line is 64, in one line."""
@@ -39,31 +30,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
-    """Parse ``argv``, call the verb, and turn a JobError or a missing extra into its code."""
+    """Parse ``argv``, call the verb, and turn what a person can mend into one line and its code."""
     arguments = parser.parse_args(argv)
     verb: Callable[[argparse.Namespace], int] = arguments.call
     try:
         return verb(arguments)
-    except JobError as error:
-        return _say(error)
     except KeyboardInterrupt:
         return _say(JobError(ExitCode.PREEMPTED, arguments.verb, "interrupted", "start it again"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ModuleNotFoundError as missing:
-        extra = EXTRAS.get((missing.name or "").split(".")[0])
-        if extra is None:
-            raise
-        do = f"install it: pip install 'lora-job[{extra}]'"
-        return _say(JobError(ExitCode.USAGE, arguments.verb, f"needs {missing.name}", do))
-    except OSError as error:
-        from job.files import explained
+    except Exception as error:
+        from job.ending import explain
 
-        refusal = explained(error)
-        if refusal is None:
+        explained = explain(error, where=arguments.verb)
+        if explained is None:
             raise
-        return _say(refusal)
+        return _say(explained)
 
 
 def add_parsers(verbs: Any) -> None:

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+MODULES = {
+    "store": "boto3 botocore huggingface_hub",
+    "check": "transformers pyarrow jinja2",
+    "train": "torch trl peft datasets accelerate safetensors gguf",
+    "k8s": "kubernetes rich cronsim",
+}
+EXTRAS = {module: extra for extra, modules in MODULES.items() for module in modules.split()}
+"""Module → the extra that brings it."""
+
 MESSAGE_BYTES = 2048
 BUG = 1
 
@@ -49,7 +58,7 @@ class Ending:
             yield
             self.code = int(ExitCode.VERIFIED)
         except BaseException as raised:
-            error = _explain(raised)
+            error = explain(raised, where="run")
             self.code = int(error.code) if error else BUG
             if error is None:
                 log.exception("bug", what=str(raised))
@@ -95,16 +104,21 @@ class Ending:
         return {**kept, "duration_s": duration_s, **({"said": said} if said else {})}
 
 
-def _explain(error: BaseException) -> JobError | None:
+def explain(error: BaseException, *, where: str) -> JobError | None:
     """Return what an exception means to a user, or None if it is a bug.
 
-    The file system's own refusals are a user's to mend wherever they come from.
+    An extra that is not installed, and the file system's own refusals, are a user's to mend
+    wherever they come from.
     """
     if isinstance(error, JobError):
         return error
     if isinstance(error, MemoryError):
         do = "give it more memory, or batch_size less"
-        return JobError(ExitCode.OUT_OF_RESOURCES, "run", "out of memory", do)
+        return JobError(ExitCode.OUT_OF_RESOURCES, where, "out of memory", do)
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        do = f"install it: pip install 'lora-job[{extra}]'"
+        return JobError(ExitCode.USAGE, where, f"needs {error.name}", do) if extra else None
     return explained(error) if isinstance(error, OSError) else None
 
 

@@ -14,16 +14,12 @@ def open_store(uri: str, *, stop: Stop, single_writer: bool = False) -> Store:
     """Return the store at ``s3://bucket/prefix`` or in a folder. Nothing is asked of it yet.
 
     Raises:
-        JobError: 64 if boto3 is not installed, 78 if ``uri`` is of another kind.
+        JobError: 78 if ``uri`` is of another kind.
     """
     if uri.startswith("s3://") and uri.removeprefix("s3://").split("/")[0]:
-        try:
-            from job.store.s3 import S3Store
+        from job.store.s3 import S3Store
 
-            return S3Store(uri, stop=stop, single_writer=single_writer)
-        except ModuleNotFoundError as absent:
-            do = "install it: pip install 'lora-job[store]'"
-            raise JobError(ExitCode.USAGE, uri, f"needs {absent.name}", do) from absent
+        return S3Store(uri, stop=stop, single_writer=single_writer)
     if "://" in uri or not uri:
         what = "is neither s3://bucket/prefix nor a folder"
         raise JobError(ExitCode.CONFIG, uri or "store", what, "mend the store's name")

@@ -67,6 +67,7 @@ def test_a_run_ends_with_a_version_that_can_be_fetched_and_asked(
 
     code, again, process = pipelines.run_job(job)
     assert (code, json.loads(again)) == (0, receipt)
+    assert "nothing was trained" in message(job)["what"]
     assert process.named("run_reused")
     assert not process.named("stage_finished")[1:]
 

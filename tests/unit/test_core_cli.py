@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cli import EXTRAS
-from job.ending import MESSAGE_BYTES, fit
+from job.ending import EXTRAS, MESSAGE_BYTES, fit
 from job.errors import TABLE, ExitCode
 from job.generate import read_prompts
 from k8s import cli
@@ -67,6 +66,22 @@ def test_a_verb_without_its_extra_prints_the_install_line() -> None:
     done = python(code=code)
     assert done.returncode == int(ExitCode.USAGE)
     assert "pip install 'lora-job[store]'" in done.stderr
+
+
+def test_a_run_without_its_extra_prints_the_install_line(tmp_path: Path) -> None:
+    """Also deep inside a run it is a line and 64, not a bug's traceback."""
+    sources = {"model": {"source": "hf://org/model"}, "data": {"source": "d"}}
+    job = {"name": "n", "device": "cpu", "store": str(tmp_path / "store"), **sources}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    words = ["run", str(tmp_path / "job.yaml"), "--work", str(tmp_path / "work")]
+    code = (
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        f"from k8s import cli; sys.exit(cli.main({words}))"
+    )
+    done = python(code=code)
+    assert done.returncode == int(ExitCode.USAGE), done.stderr
+    assert "pip install 'lora-job[store]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_every_extra_that_is_named_exists() -> None:
