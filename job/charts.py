@@ -47,71 +47,37 @@ def line_chart(points: Sequence[Point], *, unit: str, from_zero: bool = False) -
     return _svg(body, f"{unit} by step, from {short(ys[0])} to {short(ys[-1])}")
 
 
-def bar_chart(bars: Sequence[tuple[str, float]], *, unit: str) -> str:
-    """Return upright bars with their names below, as SVG."""
-    if not bars:
-        return '<p class="quiet">nothing to show</p>'
-    high = _range(0, max(value for _, value in bars), from_zero=True)[1]
-    room = (WIDTH - LEFT - RIGHT) / len(bars)
-    tall = HEIGHT - TOP - BOTTOM
-    parts = []
-    for index, (name, value) in enumerate(bars):
-        x, size = LEFT + index * room, value / high * tall
-        parts.append(
-            f'<rect class="bar" x="{x + room * 0.1:.1f}" y="{TOP + tall - size:.1f}" rx="2"'
-            f' width="{room * 0.8:.1f}" height="{size:.1f}">'
-            f"<title>{escape(name)}: {value:g} {escape(unit)}</title></rect>"
-            f'<text class="tick" text-anchor="middle" x="{x + room / 2:.1f}"'
-            f' y="{HEIGHT - 9}">{escape(name)}</text>'
-        )
-    lines = [(TOP + (high - y) / high * tall, short(y)) for y in ticks(0, high, 4)]
-    return _svg(_grid(lines) + "".join(parts), f"{unit} in {len(bars)} bars")
-
-
-def heat_map(rows: dict[str, dict[int, float]], *, unit: str) -> str:
+def heat_map(rows: dict[str, dict[int, float]]) -> str:
     """Return a table of shaded cells: ``rows[name][column]``, the darker the greater."""
     columns = sorted({column for row in rows.values() for column in row})
     high = max((value for row in rows.values() for value in row.values()), default=0) or 1
     head = "".join(f"<th>{column}</th>" for column in columns)
     body = "".join(
         f"<tr><th>{escape(name)}</th>"
-        + "".join(
-            _cell(row.get(column), f"layer {column}, {name}", high, unit) for column in columns
-        )
+        + "".join(_cell(row.get(column), f"layer {column}, {name}", high) for column in columns)
         + "</tr>"
         for name, row in rows.items()
     )
     return (
         f'<div class="wide"><table class="heat"><tr><th class="quiet">layer</th>{head}</tr>'
-        f'{body}</table><p class="quiet">full colour: {short(high)} {escape(unit)}</p></div>'
+        f'{body}</table><p class="quiet">full colour: {short(high)}</p></div>'
     )
 
 
-def _cell(value: float | None, name: str, high: float, unit: str) -> str:
+def _cell(value: float | None, name: str, high: float) -> str:
     if value is None:
         return "<td></td>"
-    title = escape(f"{name}: {short(value)} {unit}")
+    title = escape(f"{name}: {short(value)}")
     return f'<td style="--share:{100 * value / high:.0f}%" title="{title}"></td>'
 
 
 def short(value: float) -> str:
-    """Return a number in few characters: 0.0002 as 2e-4, 12345 as 12.3k."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e6:
+    """Return a number in few characters: 3.1e-06 as 3.1e-6, 12345 as 12.3k."""
+    if abs(value) >= 1e6:
         return f"{value / 1e6:.3g}M"
-    if size >= 1e4:
+    if abs(value) >= 1e4:
         return f"{value / 1e3:.3g}k"
-    if size < 1e-3:
-        number, _, power = f"{value:.3g}".partition("e") if size < 1e-4 else _scientific(value)
-        return f"{number}e{int(power)}"
-    return f"{value:.4g}"
-
-
-def _scientific(value: float) -> tuple[str, str, str]:
-    number, e, power = f"{value:.2e}".partition("e")
-    return number.rstrip("0").rstrip("."), e, power
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

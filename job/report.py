@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from job.charts import bar_chart, heat_map, line_chart, short
+from job.charts import heat_map, line_chart, short
 from job.context import Context
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
@@ -35,55 +35,14 @@ CHARTS = (  # title, key in history.jsonl, unit, whether the axis begins at 0
 
 def render(context: Context) -> str:
     """Return the page for this attempt as it is now; an error on its way out is told in it."""
-    work, error = context.work, sys.exception()
-    inputs = _json(work / "pull" / "inputs.json")
-    parts = {
-        "model": inputs.get("model", {}),
-        "data": inputs.get("data", {}),
-        "dataset": _json(work / "prepare" / "artifact.json"),
-        "data_report": _json(_newest(work, "prepare") / "data_report.json"),
-        "adapter": _json(work / "train" / "artifact.json"),
-        "history": _lines(_newest(work, "train") / "history.jsonl"),
-        "startup": dict(_json(work / "train" / "startup.json").get("parts", [])),
-        "delta_norms": _json(work / "train" / "delta_norms.json"),
-        "merged": _json(work / "merge" / "artifact.json"),
-        "verdict": _json(work / "judge" / "artifact.json"),
-    }
-    return page(
-        context.job.model_dump(mode="json"),
-        parts,
-        run_id=context.attempt.run_id,
-        epoch=context.attempt.epoch,
-        started=context.attempt.started,
-        outcome=f"ended in {context.progress.snapshot()['stage']}: {error}" if error else None,
-    )
-
-
-def page(
-    job: Mapping[str, Any],
-    parts: Mapping[str, Any],
-    *,
-    run_id: str,
-    epoch: int,
-    started: float,
-    outcome: str | None,
-) -> str:
-    """Return the page.
-
-    Args:
-        job: The resolved job file.
-        parts: What the stages left: model, data, dataset, data_report, adapter, history,
-            startup, delta_norms, merged, verdict; empty where there is none.
-        run_id: The run.
-        epoch: The attempt.
-        started: The run's start, unix seconds.
-        outcome: What went wrong, or None.
-    """
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started))
+    parts, error = _parts(context.work), sys.exception()
+    attempt, job = context.attempt, context.job.model_dump(mode="json")
+    outcome = f"ended in {context.progress.snapshot()['stage']}: {error}" if error else None
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(attempt.started))
     banner = f'<p class="banner">{escape(outcome)}</p>' if outcome else ""
     head = (
         f"<header><h1>{escape(str(job['name']))}</h1>"
-        f'<p class="quiet">run {escape(run_id)}, attempt {epoch}, begun {when}</p>{banner}</header>'
+        f'<p class="quiet">run {escape(attempt.run_id)}, attempt {attempt.epoch}, begun {when}</p>{banner}</header>'
     )
     sections = [
         head,
@@ -98,9 +57,26 @@ def page(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(str(job['name']))}: {escape(run_id)}</title><style>{style}</style></head>"
+        f"<title>{escape(str(job['name']))}: {escape(attempt.run_id)}</title><style>{style}</style></head>"
         f"<body>{''.join(sections)}</body></html>\n"
     )
+
+
+def _parts(work: Path) -> dict[str, Any]:
+    """Return what the stages left; empty where there is none."""
+    inputs = _json(work / "pull" / "inputs.json")
+    return {
+        "model": inputs.get("model", {}),
+        "data": inputs.get("data", {}),
+        "dataset": _json(work / "prepare" / "artifact.json"),
+        "data_report": _json(_newest(work, "prepare") / "data_report.json"),
+        "adapter": _json(work / "train" / "artifact.json"),
+        "history": _lines(_newest(work, "train") / "history.jsonl"),
+        "startup": dict(_json(work / "train" / "startup.json").get("parts", [])),
+        "delta_norms": _json(work / "train" / "delta_norms.json"),
+        "merged": _json(work / "merge" / "artifact.json"),
+        "verdict": _json(work / "judge" / "artifact.json"),
+    }
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -190,7 +166,7 @@ def _deltas(norms: Mapping[str, float]) -> str:
             by_kind.setdefault(kind, {})[int(found[1])] = norm
         else:
             others.append((name, short(norm)))
-    body = heat_map(by_kind, unit="") if by_kind else ""
+    body = heat_map(by_kind) if by_kind else ""
     rest = f'<div class="card">{_table(others)}</div>' if others else ""
     return _section("What the adapter changed, by layer (norm of s·B·A)", body + rest)
 
@@ -241,16 +217,23 @@ def _data(report: Mapping[str, Any]) -> str:
         )
         for entry in report.get("dropped", [])
     ]
-    lengths = [
-        (f"≤{entry['up_to']}" if entry["up_to"] else "more", float(entry["count"]))
-        for entry in report.get("length_histogram", [])
-    ]
-    chart = f"<figure><figcaption>Tokens an example</figcaption>{bar_chart(lengths, unit='examples')}</figure>"
+    lengths = f"<figure><figcaption>Tokens an example</figcaption>{_bars(report)}</figure>"
     samples = "".join(map(_sample, report.get("samples", [])))
     more = f'<h3>Dropped</h3><div class="card">{_table(dropped)}</div>' if dropped else ""
     return _section(
-        "Data", f'<div class="charts"><div>{_table(rows)}</div>{chart}</div>{more}{samples}'
+        "Data", f'<div class="charts"><div>{_table(rows)}</div>{lengths}</div>{more}{samples}'
     )
+
+
+def _bars(report: Mapping[str, Any]) -> str:
+    bars = report.get("length_histogram", [])
+    most = max((bar["count"] for bar in bars), default=1)
+    rows = "".join(
+        f"<tr><th>{'≤' + str(bar['up_to']) if bar['up_to'] else 'more'}</th>"
+        f'<td><meter max="{most}" value="{bar["count"]}"></meter> {bar["count"]:,}</td></tr>'
+        for bar in bars
+    )
+    return f'<table class="facts">{rows}</table>'
 
 
 def _sample(sample: Mapping[str, Any]) -> str:

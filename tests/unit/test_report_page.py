@@ -181,7 +181,7 @@ def test_a_training_that_was_cut_off_shows_how_far_it_came(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.0002, "2e-4"), (3.1e-6, "3.1e-6"), (1.2345, "1.234"), (301.2, "301.2"),
+    [(0, "0"), (0.0002, "0.0002"), (3.1e-6, "3.1e-6"), (1.2345, "1.234"), (301.2, "301.2"),
      (19800, "19.8k"), (2.5e7, "25M"), (-0.5, "-0.5"), (0.001, "0.001")],
 )  # fmt: skip
 def test_numbers_are_short(value: float, text: str) -> None:
