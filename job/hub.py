@@ -26,10 +26,6 @@ CARD = "README.md"
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
-class MovedError(TransientError):
-    """The repository's head is no longer the one that the commit was built on (412)."""
-
-
 def api() -> Any:
     """Return a client of the Hub that ``HF_ENDPOINT`` names, with the environment's token."""
     from huggingface_hub import HfApi
@@ -77,7 +73,7 @@ def _explained(where: str, error: Any) -> Exception:
 
     status = error.response.status_code
     if status == 412:
-        return MovedError("the repository has a newer commit")
+        return TransientError("the repository has a newer commit")
     if status in BUSY:
         wait_s = _reset_s(error.response.headers)
         return TransientError(f"the Hub answered {status}", retry_after_s=wait_s)

@@ -106,8 +106,11 @@ class FolderStore(Store):
         return path.stat().st_size, ""
 
     def _range(self, key: str, tag: str, offset: int, size: int) -> bytes:  # noqa: ARG002 - S3's
-        with open(self._path(key), "rb", buffering=0) as handle:
-            return os.pread(handle.fileno(), size, offset)
+        try:
+            with open(self._path(key), "rb", buffering=0) as handle:
+                return os.pread(handle.fileno(), size, offset)
+        except FileNotFoundError:
+            raise missing(self.uri, key) from None
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield every file below ``prefix`` (which ends where a name ends, or with a slash)."""

@@ -14,7 +14,7 @@ import pytest
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop, preempted
-from job.store import open_store
+from job.store import base, open_store
 from job.store.base import ConflictError, ExistsError
 
 FORK = multiprocessing.get_context("fork")
@@ -118,8 +118,9 @@ def test_a_killed_lock_holder_blocks_nobody(tmp_path: Path) -> None:
     assert store.swap("head", b"2", tag)
 
 
-def test_files_are_copied_whole_and_hashed(tmp_path: Path) -> None:
+def test_files_are_copied_whole_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upload returns what was written; a download that does not match leaves nothing behind."""
+    monkeypatch.setattr(base, "PART_BYTES", 1_000_000)
     store = open_store(str(tmp_path / "store"), stop=Stop())
     source = tmp_path / "source"
     source.write_bytes(os.urandom(9_000_000))
@@ -133,6 +134,10 @@ def test_files_are_copied_whole_and_hashed(tmp_path: Path) -> None:
     assert caught.value.code is ExitCode.NOT_PROVEN
     with pytest.raises(JobError) as caught:
         store.download("a/none", tmp_path / "wrong", size=size, sha256=digest)
+    assert caught.value.code is ExitCode.NOT_FOUND
+    pruned = lambda _: (tmp_path / "store" / "a" / "file").unlink(missing_ok=True)  # noqa: E731
+    with pytest.raises(JobError) as caught:
+        store.download("a/file", tmp_path / "wrong", size=size, sha256=digest, tick=pruned)
     assert caught.value.code is ExitCode.NOT_FOUND
     assert sorted(os.listdir(tmp_path)) == ["source", "store", "there"]
 
