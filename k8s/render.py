@@ -65,22 +65,16 @@ def job_file(job: JobConfig) -> str:
 
 def objects(job: JobConfig, cluster: ClusterConfig, *, run: str) -> tuple[Object, Object]:
     """Return the ConfigMap and the Job of a run."""
-    config, manifest = _manifests(cluster)
-    text = job_file(job)
-    config = _config_map(config, job, cluster, name=run, text=text)
-    manifest = _named(merge(manifest, _job_patch(job, cluster, config=run)), run, cluster)
-    return config, manifest
+    config, manifest = _built(job, cluster, run)
+    return config, _named(manifest, run, cluster)
 
 
 def cron_objects(
     job: JobConfig, cluster: ClusterConfig, *, cron: str, time_zone: str, start_deadline_s: int
 ) -> tuple[Object, Object]:
     """Return the ConfigMap and the CronJob of a schedule; both Jobs and pods are those of submit."""
-    config, manifest = _manifests(cluster)
-    text = job_file(job)
-    config_name = f"{job.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    config = _config_map(config, job, cluster, name=config_name, text=text)
-    template = merge(manifest, _job_patch(job, cluster, config=config_name))
+    digest = hashlib.sha256(job_file(job).encode()).hexdigest()
+    config, template = _built(job, cluster, f"{job.name}-{digest[:8]}")
     labels = {**template["metadata"]["labels"], SCHEDULE: job.name}
     metadata = {"labels": labels, "annotations": template["metadata"]["annotations"]}
     return config, {
@@ -113,12 +107,13 @@ def default_grace_s(cluster: ClusterConfig) -> int:
     return int(manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
 
 
-def _config_map(
-    base: Object, job: JobConfig, cluster: ClusterConfig, *, name: str, text: str
-) -> Object:
+def _built(job: JobConfig, cluster: ClusterConfig, name: str) -> tuple[Object, Object]:
+    """Return a ConfigMap of this name, and a Job without a name that reads it."""
+    config, manifest = _manifests(cluster)
     labels = {MANAGED_BY: APP, JOB_NAME: job.name, OWNED: "false"}
-    patch = {"metadata": {"labels": labels}, "data": {"job.yaml": text}}
-    return _named(merge(base, patch), name, cluster)
+    patch = {"metadata": {"labels": labels}, "data": {"job.yaml": job_file(job)}}
+    job_of_it = merge(manifest, _job_patch(job, cluster, config=name))
+    return _named(merge(config, patch), name, cluster), job_of_it
 
 
 def _named(item: Object, name: str, cluster: ClusterConfig) -> Object:
