@@ -117,7 +117,7 @@ class Answer(BaseModel):
 
 
 class Verdict(Artifact):
-    """How the adapter compares with its base: ``verdict.json``. Losses are nats per token."""
+    """How the adapter compares with its base. Losses are nats per token."""
 
     held_out_loss_before: float | None = None
     held_out_loss_after: float | None = None

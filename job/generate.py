@@ -64,7 +64,7 @@ def generate(
     log.info("model_loaded", folder=str(base), adapter=str(adapter or ""), attention=reason)
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
-    speaker = Speaker.of(
+    speaker = Speaker(
         loaded,
         _tokenizer_folder(base, adapter),
         base=base,

@@ -17,7 +17,7 @@ import structlog
 from job.artifacts import Adapter, Answer, Dataset, Source, Verdict, reuse
 from job.context import Context
 from job.errors import ExitCode, JobError
-from job.files import fingerprint, write_json
+from job.files import fingerprint
 from job.speak import Speaker, load_adapter
 
 log = structlog.get_logger()
@@ -58,71 +58,54 @@ def _fingerprint(context: Context, model: Source, dataset: Dataset, adapter: Ada
 def _judge(
     context: Context, model: Source, dataset: Dataset, adapter: Adapter, folder: Path
 ) -> Verdict:
-    num_held_out = dataset.num_held_out
-    if not num_held_out and not context.job.judge.prompts:
+    num_held_out, job = dataset.num_held_out, context.job
+    if not num_held_out and not job.judge.prompts:
         log.info("judge_skipped", reason="nothing is held out, and no prompts are given")
-        return _written(Verdict(folder=folder))
-    documents = list(read_documents(dataset.folder / "held_out.arrow")) if num_held_out else []
-    adapted = _load(context, model, adapter)
-    before = after = None
-    if documents:
-        tell = _teller(context, documents)
-        with adapted.disable_adapter():
-            before = held_out_loss(adapted, documents, device=context.job.device, tick=tell)
-        after = held_out_loss(adapted, documents, device=context.job.device, tick=tell)
-        log.info("held_out_loss_measured", before=before, after=after, documents=len(documents))
-        if not math.isfinite(after):
-            raise JobError(
-                ExitCode.NOT_PROVEN,
-                "judge",
-                f"the held-out loss with the adapter is {after}",
-                "lower train.learning_rate and train again",
-            )
-    verdict = Verdict(
-        folder=folder,
-        held_out_loss_before=before,
-        held_out_loss_after=after,
-        num_held_out_tokens=sum(document.num_supervised for document in documents),
-        answers=_answers(context, model, dataset, adapted),
-    )
-    return _written(verdict)
-
-
-def _written(verdict: Verdict) -> Verdict:
-    write_json(verdict.folder / "verdict.json", verdict.model_dump(mode="json", exclude={"folder"}))
-    return verdict
-
-
-def _load(context: Context, model: Source, adapter: Adapter) -> Any:
+        return Verdict(folder=folder)
     from job.train.model import load_base
 
-    section = context.job.model
     base, reason = load_base(
-        model.folder, dtype=section.dtype, device=context.job.device, attention=section.attention
+        model.folder, dtype=job.model.dtype, device=job.device, attention=job.model.attention
     )
     log.info("model_loaded", folder=str(model.folder), attention=reason)
     context.stop.check()
-    return load_adapter(base, adapter.folder)
+    adapted = load_adapter(base, adapter.folder)
+    losses = _losses(context, dataset, adapted) if num_held_out else {}
+    return Verdict(folder=folder, **losses, answers=_answers(context, model, dataset, adapted))
 
 
-def _teller(context: Context, documents: Sequence[Document]) -> Callable[[int], None]:
-    """Return what is called after each batch with its number of documents."""
+def _losses(context: Context, dataset: Dataset, adapted: Any) -> dict[str, Any]:
+    """Return the verdict's figures of the held-out rows."""
+    documents = read_documents(dataset.folder / "held_out.arrow")
     done, total = 0, 2 * len(documents)
 
-    def tell(count: int) -> None:
+    def tick(count: int) -> None:
         nonlocal done
         done += count
         context.stop.check()
         context.progress.update(judged=done, to_judge=total)
 
-    return tell
+    with adapted.disable_adapter():
+        before, count = held_out_loss(adapted, documents, device=context.job.device, tick=tick)
+    after, _ = held_out_loss(adapted, documents, device=context.job.device, tick=tick)
+    log.info("held_out_loss_measured", before=before, after=after, documents=len(documents))
+    if not math.isfinite(after):
+        raise JobError(
+            ExitCode.NOT_PROVEN,
+            "judge",
+            f"the held-out loss with the adapter is {after}",
+            "lower train.learning_rate and train again",
+        )
+    return {
+        "held_out_loss_before": before, "held_out_loss_after": after, "num_held_out_tokens": count
+    }  # fmt: skip
 
 
 def _answers(context: Context, model: Source, dataset: Dataset, adapted: Any) -> list[Answer]:
     section = context.job.judge
     if not section.prompts:
         return []
-    speaker = Speaker.of(
+    speaker = Speaker(
         adapted,
         dataset.folder / "tokenizer",
         base=model.folder,
@@ -161,30 +144,20 @@ class Document:
     input_ids: list[int]
     labels: list[int]
 
-    @property
-    def num_supervised(self) -> int:
-        """Tokens that count: the first has nothing before it to be told from."""
-        return sum(label != IGNORED for label in self.labels[1:])
 
-
-def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the examples of an Arrow file; packed rows are taken apart again."""
+def read_documents(path: Path) -> list[Document]:
+    """Return the rows of held_out.arrow, which are never packed."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
-        for batch in reader:
-            for row in batch.to_pylist():
-                start = 0
-                for length in row["lengths"]:
-                    piece = slice(start, start + length)
-                    yield Document(row["input_ids"][piece], row["labels"][piece])
-                    start += length
+        rows = reader.read_all().select(["input_ids", "labels"]).to_pylist()
+    return [Document(**row) for row in rows]
 
 
 def held_out_loss(
     model: Any, documents: Sequence[Document], *, device: str, tick: Callable[[int], None]
-) -> float:
-    """Return the mean loss in nats over all supervised tokens of all documents.
+) -> tuple[float, int]:
+    """Return the mean loss in nats over all supervised tokens of all documents, and their number.
 
     Documents of like length share a forward pass, padded at their right: what comes later can't
     be seen, so that padding needs no mask.
@@ -198,7 +171,7 @@ def held_out_loss(
         total += loss
         count += supervised
         tick(len(batch))
-    return total / max(count, 1)
+    return total / max(count, 1), count
 
 
 def _batches(documents: Sequence[Document], at_once: int) -> Iterator[list[Document]]:

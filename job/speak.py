@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from job.config import Prompt
 from job.data.read import RowFault
 from job.data.render import Hidden, Rendered
 from job.data.split import split_thinking
-from job.data.template import Template
 from job.data.tokens import Encoder, read_template
 from job.errors import ExitCode, JobError
 from job.progress import Progress
@@ -67,22 +65,21 @@ def _foreign(folder: Path, what: str) -> JobError:
     return JobError(ExitCode.NOT_PROVEN, str(folder), what, do)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Speaker:
-    """A loaded model with all that asking it takes."""
+    """A loaded model with all that asking it takes.
 
-    model: Any
-    tokenizer: Any
-    encoder: Encoder
-    template: Template | None
-    stop_token_ids: list[int]
-    thinking: str = "keep"
-    stop: Stop
-    progress: Progress
+    Args:
+        model: With or without an adapter, in evaluation mode.
+        folder: Of the tokenizer and its chat template.
+        base: Of the model, whose configs name ends of text too.
+        started: Unix seconds: today, for templates that ask for the date.
+        stop: Heard between tokens.
+        progress: Told of every token.
+        thinking: ``data.thinking`` of the job.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: Any,
         folder: Path,
         *,
@@ -91,32 +88,12 @@ class Speaker:
         stop: Stop,
         progress: Progress,
         thinking: str = "keep",
-    ) -> Speaker:
-        """Return a speaker whose tokenizer and chat template lie in ``folder``.
-
-        Args:
-            model: With or without an adapter, in evaluation mode.
-            folder: Of the tokenizer.
-            base: Of the model, whose configs name ends of text too.
-            started: Unix seconds: today, for templates that ask for the date.
-            stop: Heard between tokens.
-            progress: Told of every token.
-            thinking: ``data.thinking`` of the job.
-        """
-        from job.train.model import load_tokenizer
-
-        encoder = Encoder(folder)
-        template = read_template(folder, started=started)
-        return cls(
-            model=model,
-            tokenizer=load_tokenizer(folder),
-            encoder=encoder,
-            template=template,
-            stop_token_ids=encoder.stop_token_ids(base, template),
-            thinking=thinking,
-            stop=stop,
-            progress=progress,
-        )
+    ) -> None:
+        self.encoder = Encoder(folder)
+        self.template = read_template(folder, started=started)
+        self.stop_token_ids = self.encoder.stop_token_ids(base, self.template)
+        self._model, self._thinking = model, thinking
+        self._stop, self._progress = stop, progress
 
     def ask(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int
@@ -157,21 +134,22 @@ class Speaker:
         import torch
         from transformers import StoppingCriteriaList
 
-        device = self.model.device
+        device = self._model.device
+        gpus = [device] if device.type == "cuda" else []
         longest = max(map(len, texts))
         pad = self.encoder.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(t)) + t for t in texts], device=device)
         mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
         config = self._config(max_new_tokens, temperature)
-        with torch.inference_mode(), torch.random.fork_rng(_gpus(device)):
+        with torch.inference_mode(), torch.random.fork_rng(gpus):
             torch.manual_seed(seed)
-            out = self.model.generate(
+            out = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([self._hear]),
             )
-        self.stop.check()
+        self._stop.check()
         return [self._cut(row) for row in out[:, longest:].tolist()]
 
     def _config(self, max_new_tokens: int, temperature: float) -> Any:
@@ -186,15 +164,15 @@ class Speaker:
             **{"do_sample": False, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **draws},
         )
         # What is unset in ours, transformers would take from the model's own.
-        getattr(self.model, "get_base_model", lambda: self.model)().generation_config = config
+        getattr(self._model, "get_base_model", lambda: self._model)().generation_config = config
         return config
 
     def _hear(self, input_ids: Any, *_: Any, **__: Any) -> Any:
         """Beat, and end every text where the run is asked to end (a StoppingCriteria)."""
         import torch
 
-        self.progress.update()
-        asked = self.stop.requested
+        self._progress.update()
+        asked = self._stop.requested
         return torch.full((len(input_ids),), asked, dtype=torch.bool, device=input_ids.device)
 
     def _cut(self, tokens: list[int]) -> list[int]:
@@ -203,8 +181,8 @@ class Speaker:
         return tokens[: next(ends, len(tokens))]
 
     def _said(self, prompt: Prompt, tokens: list[int]) -> Said:
-        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        analysis, answer = split_thinking(text, self.tokenizer, self.thinking)
+        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=False)
+        analysis, answer = split_thinking(text, self.encoder.special_tokens, self._thinking)
         return Said(
             user=prompt.user,
             reasoning_language=prompt.reasoning_language,
@@ -221,7 +199,3 @@ def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
     system = "\n\n".join(part for part in parts if part)
     turns = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": prompt.user}]
-
-
-def _gpus(device: Any) -> list[Any]:
-    return [device] if device.type == "cuda" else []

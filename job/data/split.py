@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
 
 from job.data.template import CLOSE, OPEN
 
@@ -16,12 +16,14 @@ MESSAGE = re.compile(
 RECIPIENT = re.compile(r"to=(\S+?)(?=<|\s|$)")
 
 
-def split_thinking(text: str, tokenizer: Any = None, thinking: str = "keep") -> tuple[str, str]:
+def split_thinking(
+    text: str, special_tokens: Sequence[str] = (), thinking: str = "keep"
+) -> tuple[str, str]:
     """Return (analysis, answer) of generated text, decoded *with* its special tokens.
 
     Args:
         text: What was generated, from the end of the generation prompt.
-        tokenizer: Whose ``all_special_tokens`` are taken out of the result; None to leave them.
+        special_tokens: What is taken out of the result.
         thinking: ``data.thinking`` of the job. With "drop", tags are left in the answer.
     """
     if CHANNEL in text:
@@ -31,8 +33,7 @@ def split_thinking(text: str, tokenizer: Any = None, thinking: str = "keep") -> 
         analysis = before.lstrip().removeprefix(OPEN)
     else:
         analysis, answer = "", text
-    specials = getattr(tokenizer, "all_special_tokens", None) or []
-    return _clean(analysis, specials), _clean(answer, specials)
+    return _clean(analysis, special_tokens), _clean(answer, special_tokens)
 
 
 def _channels(text: str) -> tuple[str, str]:
@@ -49,7 +50,7 @@ def _channels(text: str) -> tuple[str, str]:
     return "\n".join(said["analysis"]), "\n".join(answer)
 
 
-def _clean(text: str, special_tokens: list[str]) -> str:
+def _clean(text: str, special_tokens: Sequence[str]) -> str:
     for token in special_tokens:
         text = text.replace(token, "")
     return text.strip()

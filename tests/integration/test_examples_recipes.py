@@ -163,7 +163,7 @@ def _check_version(job: JobConfig, receipt: Receipt, folder: Path) -> None:
         assert list((version / part).glob("*.safetensors")), part
     assert receipt.channel == job.publish.channel
     work = folder / "work" / receipt.run
-    verdict = json.loads((work / "judge" / "verdict.json").read_text(encoding="utf-8"))
+    verdict = json.loads((work / "judge" / "artifact.json").read_text(encoding="utf-8"))
     assert verdict["held_out_loss_after"] < verdict["held_out_loss_before"]
     assert len(verdict["answers"]) == len(job.judge.prompts)
     (report,) = (folder / "store" / "_runs" / receipt.run / "attempts").glob("*/report.html")

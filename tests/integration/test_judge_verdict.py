@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import tiny
 import torch
 from structlog.testing import capture_logs
 
-from job.artifacts import Adapter, Dataset, Source, Verdict
+from job.artifacts import Adapter, Dataset, Source
 from job.config import JobConfig, LoraSection
 from job.context import Context
 from job.errors import ExitCode, JobError
@@ -30,13 +29,13 @@ EXPERTS = ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]
 
 
 def _rows(vocabulary: int) -> list[dict[str, Any]]:
-    """Return packed and single rows of random tokens, some of them supervised."""
+    """Return rows of random tokens, some of them supervised."""
     dice = random.Random(0)
     rows = []
-    for lengths in ([5, 30, 12], [40], [9], [3, 3], [17, 8]):
-        ids = [dice.randrange(vocabulary) for _ in range(sum(lengths))]
+    for length in (5, 30, 12, 40, 9, 3, 3, 17, 8):
+        ids = [dice.randrange(vocabulary) for _ in range(length)]
         labels = [token if dice.random() < 0.6 else IGNORED for token in ids]
-        rows.append({"input_ids": ids, "labels": labels, "lengths": lengths})
+        rows.append({"input_ids": ids, "labels": labels, "lengths": [length]})
     return rows
 
 
@@ -109,17 +108,13 @@ def _plain_loss(model: Any, rows: list[dict[str, Any]]) -> tuple[float, int]:
     """Return the mean loss, one document at a time, from all logits."""
     total, count = 0.0, 0
     for row in rows:
-        start = 0
-        for length in row["lengths"]:
-            ids = torch.tensor([row["input_ids"][start : start + length]])
-            labels = torch.tensor(row["labels"][start : start + length])[1:]
-            start += length
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[0, :-1].double()
-            picked = labels != IGNORED
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            total += float(losses[picked].sum()) if picked.any() else 0.0
-            count += int(picked.sum())
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        picked = labels != IGNORED
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        total += float(losses[picked].sum()) if picked.any() else 0.0
+        count += int(picked.sum())
     return total / count, count
 
 
@@ -141,8 +136,6 @@ def test_losses_are_those_of_each_document_alone(arch: str, tmp_path: Path) -> N
     (answer,) = verdict.answers
     assert (answer.user, answer.reasoning_language) == ("What is 3 plus 4?", "German")
     assert answer.analysis_before + answer.before != answer.analysis_after + answer.after
-    written = json.loads((tmp_path / "judge" / "verdict.json").read_text())
-    assert Verdict.model_validate({**written, "folder": verdict.folder}) == verdict
 
 
 def test_a_verdict_is_reused_for_the_same_adapter_only(tmp_path: Path) -> None:
@@ -183,7 +176,7 @@ def test_a_loss_that_is_not_finite_is_not_proven(
 ) -> None:
     """An adapter whose held-out loss is not a number is never published."""
     context, model, dataset, adapter = _setting(tmp_path, "llama")
-    monkeypatch.setattr("job.judge.held_out_loss", lambda *_, **__: float("nan"))
+    monkeypatch.setattr("job.judge.held_out_loss", lambda *_, **__: (float("nan"), 1))
     with pytest.raises(JobError, match="nan") as caught:
         judge(context, model, dataset, adapter)
     assert caught.value.code is ExitCode.NOT_PROVEN
@@ -214,12 +207,12 @@ def test_batches_hold_no_more_than_they_may(
     """The loss is the same in small batches and in large ones; every document is told of once."""
     _, model, dataset, _ = _setting(tmp_path, "llama")
     base, _ = load_base(model.folder, device="cpu")
-    documents = list(read_documents(dataset.folder / "held_out.arrow"))
+    documents = read_documents(dataset.folder / "held_out.arrow")
     losses = []
     for at_once in (1, 64, 10_000):
         told: list[int] = []
         monkeypatch.setattr("job.judge.TOKENS_AT_ONCE", {"cpu": at_once})
-        losses.append(held_out_loss(base, documents, device="cpu", tick=told.append))
+        losses.append(held_out_loss(base, documents, device="cpu", tick=told.append)[0])
         assert sum(told) == len(documents)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
