@@ -65,8 +65,8 @@ def gather(cluster: Cluster, name: str, *, store: str | None) -> Facts:
     Raises:
         JobError: 66 if neither the cluster nor the store knows the run.
     """
-    run = find(cluster, name, store=store, now=time.time())
-    job, pods = observe(cluster, name)
+    job, pods = seen = observe(cluster, name)
+    run = find(cluster, name, store=store, now=time.time(), seen=seen)
     pods.sort(key=lambda pod: str(pod["metadata"]["creationTimestamp"]), reverse=True)
     pods = pods[:MAX_PODS]
     names = [name, *(pod["metadata"]["name"] for pod in pods)] if job else []

@@ -18,6 +18,8 @@ from k8s.stored import Stored, read_run
 JOB_LABEL = "batch.kubernetes.io/job-name"
 UNKNOWN_END = 1
 
+Seen = tuple[Object | None, list[Object]]
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -86,9 +88,7 @@ class Run:
 
 def seconds(stamp: str | None) -> float | None:
     """Return an RFC 3339 time as seconds since 1970."""
-    if not stamp:
-        return None
-    return datetime.fromisoformat(stamp).timestamp()
+    return datetime.fromisoformat(stamp).timestamp() if stamp else None
 
 
 def condition(item: Object, kind: str) -> Object | None:
@@ -175,7 +175,6 @@ def assemble(
     gpus = gpus_of(job) if job else 0
     finished = attempts[-1] if attempts and attempts[-1].ended else None
     started = [it.started for it in attempts if it.started]
-    ended = _ended(job, stored)
     return Run(
         name=name,
         state=state_of(job, pods) if job else _state_without_job(head, now),
@@ -183,7 +182,7 @@ def assemble(
         namespace=meta.get("namespace", ""),
         created=seconds(meta.get("creationTimestamp")) or head.get("started"),
         started=head.get("started") or min(started, default=None),
-        ended=ended,
+        ended=_ended(job, stored),
         gpus=gpus,
         price=float(notes[PRICE]) if PRICE in notes else None,
         store=notes.get(STORE),
@@ -240,20 +239,22 @@ def _gpu_hours(attempts: tuple[Attempt, ...], stored: Stored, gpus: int, now: fl
     return round(gpus * total / 3600.0, 3)
 
 
-def observe(cluster: Cluster, name: str) -> tuple[Object | None, list[Object]]:
+def observe(cluster: Cluster, name: str) -> Seen:
     """Return a run's Job, if it is there, and its pods."""
     job = cluster.get("Job", name)
     pods = cluster.list("Pod", labelSelector=f"{JOB_LABEL}={name}") if job else []
     return job, pods
 
 
-def find(cluster: Cluster, name: str, *, store: str | None, now: float) -> Run:
+def find(
+    cluster: Cluster, name: str, *, store: str | None, now: float, seen: Seen | None = None
+) -> Run:
     """Return the run ``name``; the store is that of its Job, or ``store`` once the Job is gone.
 
     Raises:
         JobError: 66 if neither the cluster nor the store knows it.
     """
-    job, pods = observe(cluster, name)
+    job, pods = seen or observe(cluster, name)
     annotations = (job or {}).get("metadata", {}).get("annotations") or {}
     uri = annotations.get(STORE) or store
     stored, note = Stored(), ""
