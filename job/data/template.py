@@ -17,7 +17,6 @@ from job.data.normalise import Message
 from job.data.read import RowFault
 from job.errors import ExitCode, JobError
 
-NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 # TRL and newer templates mark what the assistant generates; our masks don't need the marks.
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 # Before such a character in a probe, what follows it is the template's own text.
@@ -30,7 +29,7 @@ class Template:
 
     Args:
         text: The Jinja source, as the checkpoint or the job file has it.
-        started: Unix seconds; ``strftime_now`` in the text becomes this date (UTC).
+        started: Unix seconds: what ``strftime_now`` answers (UTC).
         variables: ``bos_token``, ``eos_token`` and the like.
 
     Raises:
@@ -41,11 +40,10 @@ class Template:
         self.text = text
         self.date = time.strftime("%Y-%m-%d", time.gmtime(started))
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self._started = started
         self._variables = variables
-        self._compiled = self._compile(pin(text, started))
+        self._compiled = self._compile(time.gmtime(started))
 
-    def _compile(self, text: str) -> Any:
+    def _compile(self, now: time.struct_time) -> Any:
         import jinja2
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -58,8 +56,10 @@ class Template:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = refuse
-        # For templates that ask whether it is defined, or hold the format in a variable.
-        environment.globals["strftime_now"] = lambda form: _date(form, self._started)
+        environment.globals["strftime_now"] = lambda form: time.strftime(form, now)
+        text = GENERATION.sub(
+            lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", self.text
+        )
         try:
             compiled = environment.from_string(text)
         except jinja2.TemplateError as error:
@@ -158,16 +158,6 @@ class Template:
         ]
         texts = [self._probe(user, answer) for answer in answers]
         return [text.rpartition(PROBE)[2] for text in texts if PROBE in text]
-
-
-def pin(text: str, started: float) -> str:
-    """Return a template's text with the run's date where it asks for today's."""
-    dated = NOW.sub(lambda found: json.dumps(_date(found["format"], started)), text)
-    return GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", dated)
-
-
-def _date(form: str, started: float) -> str:
-    return time.strftime(form, time.gmtime(started))
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:

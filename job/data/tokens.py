@@ -1,10 +1,11 @@
 """The base's tokenizer, as files and as a function from text to ids.
 
-Needs neither torch nor transformers where there is a tokenizer.json, and that is nearly everywhere.
+Needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -52,7 +53,8 @@ def copy_tokenizer(model: Path, folder: Path, chat_template: str | None) -> None
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
     if not (folder / "tokenizer.json").exists():
-        _convert(model, folder)
+        do = "choose a model with a tokenizer.json"
+        raise JobError(ExitCode.NOT_FOUND, "model.source", "has no tokenizer.json", do)
     if chat_template is None:
         return
     (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
@@ -60,22 +62,6 @@ def copy_tokenizer(model: Path, folder: Path, chat_template: str | None) -> None
     if settings.pop("chat_template", None) is not None:
         text = json.dumps(settings, ensure_ascii=False, indent=2)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _convert(model: Path, folder: Path) -> None:
-    """Let transformers write the tokenizer.json that a checkpoint lacks."""
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise JobError(
-            ExitCode.NOT_FOUND,
-            "model.source",
-            f"has no tokenizer that can be read: {words}",
-            "choose a model with a tokenizer.json",
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -106,7 +92,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _token(value: Any) -> str:
-    return str(value["content"] if isinstance(value, dict) else value)
+    return str(value["content"] if isinstance(value, dict) else value or "")
 
 
 class Encoder:
@@ -135,13 +121,10 @@ class Encoder:
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_tokens = sorted(token.content for token in added.values() if token.special)
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
-        self._literal = Tokenizer.from_str(self.tokenizer.to_str())
-        self._literal.encode_special_tokens = True
         words = splits_at_spaces(_read_json(path))
         self._words = Words(self.tokenizer) if words else None
         settings = _settings(folder)
-        self.eos = _token(settings["eos_token"]) if settings.get("eos_token") else ""
-        pad = _token(settings["pad_token"]) if settings.get("pad_token") else ""
+        self.eos, pad = _token(settings.get("eos_token")), _token(settings.get("pad_token"))
         found = (self.tokenizer.token_to_id(token) for token in (pad, self.eos) if token)
         self.pad_token_id: int = next((number for number in found if number is not None), 0)
         """What rows are filled up with; labels are -100 there, whatever it is."""
@@ -150,6 +133,13 @@ class Encoder:
         """The token that this tokenizer puts before a text, or ''."""
         first = self.tokenizer.encode("ab", add_special_tokens=False).tokens[0]
         self._by_segment = not first.startswith(("\u2581", "\u0120"))
+
+    @functools.cached_property
+    def _literal(self) -> Any:
+        """The same tokenizer, to which control tokens are text: most data never asks for it."""
+        copy = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def stop_token_ids(self, model: Path, template: Template | None) -> list[int]:
         """Return what ends an answer: the tokenizer's and the model's ends, and the template's."""

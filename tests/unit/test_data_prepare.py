@@ -23,7 +23,7 @@ from job.data.pack import Packer
 from job.data.prepare import _fingerprint
 from job.data.read import RowFault
 from job.data.render import Rendered
-from job.data.tokens import IGNORED, Encoder, Tokens
+from job.data.tokens import IGNORED, Encoder, Tokens, copy_tokenizer
 from job.errors import ExitCode, JobError
 
 
@@ -431,6 +431,13 @@ def test_the_tokenizer_is_copied_byte_for_byte(tmp_path: Path) -> None:
     found, model = prepare(tmp_path, CHATS), tokenizer_folder("llama", "auto")
     for path in (found.folder / "tokenizer").iterdir():
         assert path.read_bytes() == (model / path.name).read_bytes()
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """A base whose tokenizer is not there, or of an old kind, is 66 in one line."""
+    with pytest.raises(JobError, match=r"has no tokenizer\.json") as caught:
+        copy_tokenizer(tmp_path, tmp_path / "out", None)
+    assert caught.value.code is ExitCode.NOT_FOUND
 
 
 def test_memory_does_not_grow_with_the_rows(
