@@ -8,14 +8,13 @@ import sys
 import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 
 
-def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> None:
-    """Send events to ``stream`` (stderr by itself), and as JSON lines to ``copy_to`` as well."""
-    stream = stream or sys.stderr
+def configure(*, copy_to: Path | None = None) -> None:
+    """Send events to stderr, and as JSON lines to ``copy_to`` as well."""
     copy = copy_to.open("a", encoding="utf-8", buffering=1) if copy_to else None
     # Libraries' own bars and notices would tear the lines apart; what matters is an event.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -24,7 +23,7 @@ def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> N
     for noisy in ("httpx", "botocore", "urllib3", "transformers", "trl", "datasets", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     as_json = structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
-    as_text = structlog.dev.ConsoleRenderer(colors=True) if stream.isatty() else as_json
+    as_text = structlog.dev.ConsoleRenderer(colors=True) if sys.stderr.isatty() else as_json
 
     def write(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
         if copy is not None:
@@ -39,6 +38,6 @@ def configure(*, copy_to: Path | None = None, stream: TextIO | None = None) -> N
             structlog.processors.format_exc_info,
             write,
         ],
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,10 +25,8 @@ log = structlog.get_logger()
 
 
 @contextlib.contextmanager
-def watched(
-    context: Context, ending: Ending, *, leave: Callable[[int], object] = os._exit
-) -> Iterator[None]:
-    """Watch the training's beat while the block runs; ``leave(69)`` when it stops."""
+def watched(context: Context, ending: Ending) -> Iterator[None]:
+    """Watch the training's beat while the block runs; end the process with 69 when it stops."""
     timeout_s = context.job.train.step_timeout_s
     over = threading.Event()
 
@@ -37,8 +35,7 @@ def watched(
             silent_s = time.monotonic() - context.progress.last_beat
             if context.progress.snapshot()["stage"] == "train" and silent_s > timeout_s:
                 _last_words(context, ending, silent_s)
-                leave(int(ExitCode.HARDWARE))
-                return
+                os._exit(int(ExitCode.HARDWARE))
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.errors import ExitCode, JobError
 from job.files import PICKLES, list_files, safe_relative, sha256_file
-from job.progress import Progress
 from job.stop import Stop
 from job.store.base import Store, require_same
 from job.store.transfer import Meter, each
@@ -86,13 +85,7 @@ def visible_files(folder: Path, prefix: str = "") -> dict[str, Path]:
 
 
 def send(
-    store: Store,
-    prefix: str,
-    paths: dict[str, Path],
-    *,
-    stop: Stop,
-    read_back: bool,
-    progress: Progress | None = None,
+    store: Store, prefix: str, paths: dict[str, Path], *, stop: Stop, read_back: bool
 ) -> dict[str, Content]:
     """Write files below ``prefix``, several at once, and return what was sent.
 
@@ -106,7 +99,7 @@ def send(
     there = {entry.key: entry.size for entry in store.list(f"{prefix}/")} if read_back else {}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     passes = 2 if read_back else 1
-    meter = Meter(f"to {store.uri}/{prefix}", sum(sizes.values()) * passes, progress)
+    meter = Meter(f"to {store.uri}/{prefix}", sum(sizes.values()) * passes)
 
     def send_one(item: tuple[str, Path], inner: Stop) -> tuple[str, Content]:
         name, path = item

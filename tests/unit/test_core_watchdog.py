@@ -1,0 +1,40 @@
+"""A training that hangs is ended from outside its thread, with its last words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import threading, time
+from types import SimpleNamespace
+from job.ending import Ending
+from job.progress import Progress
+from job.watchdog import watched
+
+progress = Progress()
+progress.enter("train")
+progress.update(step=7)
+context = SimpleNamespace(
+    job=SimpleNamespace(train=SimpleNamespace(step_timeout_s=0.05)), progress=progress
+)
+with watched(context, Ending(run_id="r", began=time.time())):
+    threading.Event().wait()
+"""
+
+
+def test_a_training_that_makes_no_step_ends_with_69(tmp_path: Path) -> None:
+    """The process ends itself, and says at which step and what to look at."""
+    message = tmp_path / "termination-log"
+    message.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "LORA_JOB_TERMINATION_MESSAGE": str(message)},
+    )
+    said = json.loads(message.read_bytes())
+    assert (done.returncode, said["code"], said["name"]) == (69, 69, "hardware")
+    assert (said["stage"], said["step"]) == ("train", 7)
+    assert "no step for" in said["what"]
