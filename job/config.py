@@ -335,9 +335,8 @@ def load_job(path: Path) -> JobConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise JobError(
-            ExitCode.NOT_FOUND, str(path), error.strerror or "can't be read", "name a job file"
-        ) from error
+        what = error.strerror or "can't be read"
+        raise JobError(ExitCode.NOT_FOUND, str(path), what, "name a job file") from error
     except UnicodeDecodeError as error:
         raise JobError(ExitCode.CONFIG, str(path), "is not UTF-8", "save it as UTF-8") from error
     return parse(text, JobConfig, where=str(path))
@@ -355,18 +354,16 @@ def parse(text: str, kind: type[T], *, where: str, guide: str = "docs/job-file.m
         what = " ".join(str(error).split())
         raise JobError(ExitCode.CONFIG, where, f"is no YAML: {what}", "mend that line") from error
     if not isinstance(raw, dict):
-        raise JobError(
-            ExitCode.CONFIG, where, "holds no settings", "start from a file in examples/"
-        )
+        do = "start from a file in examples/"
+        raise JobError(ExitCode.CONFIG, where, "holds no settings", do)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         faults = "\n  ".join(_explain(fault, kind) for fault in error.errors())
         count = error.error_count()
         what = f"{count} {'setting is' if count == 1 else 'settings are'} wrong:\n  {faults}\n"
-        raise JobError(
-            ExitCode.CONFIG, where, what, f"mend the above; {guide} has every key"
-        ) from None
+        do = f"mend the above; {guide} has every key"
+        raise JobError(ExitCode.CONFIG, where, what, do) from None
 
 
 def _explain(fault: Any, kind: type[BaseModel]) -> str:

@@ -42,12 +42,9 @@ def retry(what: str, call: Callable[[], T], *, stop: Stop, deadline_s: float = D
             backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10))
             wait_s = max(error.retry_after_s, backoff * random.uniform(0.5, 1.0))
             if time.monotonic() + wait_s > give_up:
-                raise JobError(
-                    ExitCode.STORE,
-                    what,
-                    f"no success within {deadline_s:.0f} s: {error}",
-                    "see whether the server can be reached from here, then start again",
-                ) from error
+                late = f"no success within {deadline_s:.0f} s: {error}"
+                do = "see whether the server can be reached from here, then start again"
+                raise JobError(ExitCode.STORE, what, late, do) from error
             log.warning("retried", what=what, reason=str(error)[:300], wait_s=round(wait_s, 2))
             stop.wait(wait_s)
     raise AssertionError("unreachable")

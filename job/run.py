@@ -169,12 +169,8 @@ def _locked(work: Path) -> Iterator[str]:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise JobError(
-                ExitCode.TAKEN,
-                str(work),
-                "another process works on this run",
-                "wait for it, or end it",
-            ) from None
+            what, do = "another process works on this run", "wait for it, or end it"
+            raise JobError(ExitCode.TAKEN, str(work), what, do) from None
         handle.seek(0)
         owner = handle.read().strip()
         if not owner:

@@ -51,12 +51,8 @@ class Stop:
 
 def preempted(signal_name: str) -> JobError:
     """Return the error of an attempt that a signal ended."""
-    return JobError(
-        ExitCode.PREEMPTED,
-        "run",
-        f"stopped by {signal_name}",
-        "start it again: it goes on from its last checkpoint",
-    )
+    do = "start it again: it goes on from its last checkpoint"
+    return JobError(ExitCode.PREEMPTED, "run", f"stopped by {signal_name}", do)
 
 
 def install_signals(stop: Stop) -> None:

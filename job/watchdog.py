@@ -47,12 +47,9 @@ def watched(context: Context, ending: Ending) -> Iterator[None]:
 
 
 def _last_words(context: Context, ending: Ending, silent_s: float) -> None:
-    error = JobError(
-        ExitCode.HARDWARE,
-        "train",
-        f"no step for {silent_s:.0f} s (train.step_timeout_s)",
-        "look at the GPU and its driver; the next attempt goes on from the last checkpoint",
-    )
+    what = f"no step for {silent_s:.0f} s (train.step_timeout_s)"
+    do = "look at the GPU and its driver; the next attempt goes on from the last checkpoint"
+    error = JobError(ExitCode.HARDWARE, "train", what, do)
     log.error("run_finished", code=int(error.code), said=str(error))
     ending.code = int(error.code)
     ending.close(error, context.progress)
