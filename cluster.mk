@@ -27,7 +27,8 @@ node-tools: ## Install what a real node needs (apt, as root) and build its kubel
 test-node: setup node-tools ## The whole mission on a real node (needs root)
 	$(PYTEST) tests/node
 
-bench-cluster: setup control-plane ## The verbs of a cluster among 5,000 finished runs
+bench-cluster: setup control-plane ## The verbs of a cluster among 5,000 finished runs (kwok)
+	tests/cluster/build.sh kwok
 	PYTHONPATH=tests $(RUN)/python tests/bench/bench_cluster.py
 
 lock-image: .tools/uv/.installed ## Compile the image's locks anew, within the versions of dev.txt
