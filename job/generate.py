@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 from pydantic import ValidationError
@@ -72,17 +72,14 @@ def generate(
         stop=stop,
         progress=Progress(),
     )
-    asked = [
-        Prompt(
-            user=prompt.user,
-            system=prompt.system or system,
-            reasoning_language=prompt.reasoning_language or reasoning_language,
-        )
-        for prompt in prompts
-    ]
-    return list(
-        speaker.ask(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    )
+    general = {"system": system, "reasoning_language": reasoning_language}
+    asked = [Prompt(**general | prompt.model_dump(exclude_none=True)) for prompt in prompts]
+    how: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    return list(speaker.ask(asked, **how))
 
 
 def read_prompts(prompt: str | None, path: Path | None) -> list[Prompt]:
@@ -98,13 +95,12 @@ def read_prompts(prompt: str | None, path: Path | None) -> list[Prompt]:
         except (OSError, UnicodeDecodeError) as error:
             what = f"can't be read ({error})"
             raise JobError(ExitCode.NOT_FOUND, str(path), what, "name a UTF-8 file") from error
-        lines = [(at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
         is_jsonl = path.suffix in (".jsonl", ".json")
-        prompts += (
-            [_from_json(line, f"{path}:{at}") for at, line in lines]
-            if is_jsonl
-            else [Prompt(user=line.strip()) for _, line in lines]
-        )
+        prompts += [
+            _from_json(line, f"{path}:{at}") if is_jsonl else Prompt(user=line.strip())
+            for at, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
     if not prompts:
         raise JobError(
             ExitCode.USAGE,
@@ -150,26 +146,25 @@ def locate(model: str, adapter: Path | None, *, stop: Stop) -> tuple[Path, Path 
         JobError: 66 if there is no model, or its base can't be found by its name.
     """
     folder = Path(model)
-    if adapter is not None and any(
-        (place / "merge_report.json").exists() for place in (folder, folder / "merged")
-    ):
-        what, do = "is merged with its adapter already", "leave out --adapter, or name the base"
-        raise JobError(ExitCode.USAGE, model, what, do)
-    if adapter is not None and not (adapter / "adapter_config.json").exists():
-        adapter = _inside(adapter, "adapter", "adapter_config.json")
+    places = (folder / "merged", folder)
+    if adapter is not None:
+        if any((place / "merge_report.json").exists() for place in places):
+            what, do = "is merged with its adapter already", "leave out --adapter, or name the base"
+            raise JobError(ExitCode.USAGE, model, what, do)
+        adapter = _adapter_in(adapter)
     if not folder.is_dir():
         return _pulled(model, stop=stop), adapter
-    for candidate in (folder / "merged", folder):
-        if (candidate / "config.json").exists():
-            return candidate, adapter
-    own = _inside(folder, "adapter", "adapter_config.json")
+    for place in places:
+        if (place / "config.json").exists():
+            return place, adapter
+    own = _adapter_in(folder)
     return locate(_base_name(own), adapter or own, stop=stop)
 
 
-def _inside(folder: Path, name: str, file: str) -> Path:
-    for candidate in (folder / name, folder):
-        if (candidate / file).exists():
-            return candidate
+def _adapter_in(folder: Path) -> Path:
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").exists():
+            return place
     raise JobError(
         ExitCode.NOT_FOUND,
         str(folder),
