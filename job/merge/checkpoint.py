@@ -60,9 +60,7 @@ def as_matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return ``shape`` as (matrices, rows, columns); only three axes make several matrices."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
-    if len(shape) < 2:
-        return 1, 1, math.prod(shape)
-    return 1, shape[0], math.prod(shape[1:])
+    return 1, math.prod(shape[:-1]), math.prod(shape[-1:])
 
 
 def read_header(path: Path) -> dict[str, Slot]:

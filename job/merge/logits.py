@@ -9,7 +9,7 @@ not the order in which a deep model adds.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,6 @@ class LogitReport:
     """KL(adapter, base): what the adapter changed at all."""
     same_top_token: float
     """Share of positions where both would say the same next token."""
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the figures, for merge_report.json."""
-        return asdict(self)
 
 
 class _Weights:

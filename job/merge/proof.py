@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import lru_cache
 
 import numpy as np
 
 from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, Tensor, as_matrices
 from job.merge.mxfp4 import VALUES
-from job.merge.numbers import STORED, Array, opened, read_into
+from job.merge.numbers import STORED, Array, aligned, opened, read_into
 from job.merge.task import Task
 
 SAMPLE = 64
@@ -46,8 +47,8 @@ class Proof:
             return
         self._expert = _unpack(source, matrix) if source.dtype == MXFP4 else None
         self._left, self._right = _own_factors(task, matrix)
-        self._raw = np.empty(space.shape[1:], STORED.get(source.dtype, np.uint8))
-        self._stored = np.empty(space.shape[1:], STORED[task.output.dtype])
+        self._raw = aligned(space.shape[1:], STORED.get(source.dtype, np.uint8))
+        self._stored = aligned(space.shape[1:], STORED[task.output.dtype])
         self._space = space
 
     def check(self, low: int, high: int) -> None:
@@ -187,18 +188,18 @@ def _unpack(tensor: Tensor, expert: int) -> Array:
     """Return one expert of an MXFP4 tensor, (in, out): by a table of whole bytes."""
     blocks, scales = tensor.slots
     _, out, groups, _ = blocks.shape
+    count = out * groups
+    packed = np.fromfile(
+        blocks.file, np.uint8, count * 16, offset=blocks.offset + expert * count * 16
+    )
+    powers = np.fromfile(scales.file, np.uint8, count, offset=scales.offset + expert * count)
+    factor = np.exp2(powers.astype(np.float64) - 127).astype(np.float32).reshape(out, groups, 1)
     table = np.stack([np.tile(VALUES, 16), np.repeat(VALUES, 16)], axis=1)
     result = np.empty((groups * 32, out), np.float32)
-    with open(blocks.file, "rb") as block_file, open(scales.file, "rb") as scale_file:
-        block_file.seek(blocks.offset + expert * out * groups * 16)
-        scale_file.seek(scales.offset + expert * out * groups)
-        for row in range(0, out, 128):
-            count = min(128, out - row) * groups
-            packed = np.frombuffer(block_file.read(count * 16), np.uint8)
-            powers = np.frombuffer(scale_file.read(count), np.uint8)
-            factor = np.exp2(powers.astype(np.float64) - 127).astype(np.float32)
-            values = table[packed].reshape(count, 32) * factor[:, None]
-            result[:, row : row + 128] = values.reshape(-1, groups * 32).T
+    for low in range(0, out, 128):
+        rows = slice(low, min(out, low + 128))
+        values = table[packed.reshape(out, -1)[rows]].reshape(-1, groups, 32) * factor[rows]
+        result[:, rows] = values.reshape(-1, groups * 32).T
     return result
 
 
@@ -218,19 +219,11 @@ def _own_factors(task: Task, matrix: int) -> tuple[Array, Array]:
     return np.array(mine_b, order="C"), np.array(mine_a, order="C")
 
 
-_factors: dict[tuple[str, int], Array] = {}
-
-
+@lru_cache(maxsize=2)
 def _read_factor(slot: Slot) -> Array:
-    """Return one factor as fp32; the last two stay in memory."""
-    key = (slot.file, slot.offset)
-    if key not in _factors:
-        while len(_factors) > 1:
-            _factors.pop(next(iter(_factors)))
-        with open(slot.file, "rb") as handle:
-            handle.seek(slot.offset)
-            raw: Array = np.frombuffer(handle.read(slot.size), STORED[slot.dtype])
-        bf16 = slot.dtype == "BF16"
-        wide = (raw.astype(np.uint32) * 65536).view(np.float32) if bf16 else raw.astype(np.float32)
-        _factors[key] = wide.reshape(slot.shape)
-    return _factors[key]
+    """Return one factor as fp32."""
+    raw: Array = np.fromfile(
+        slot.file, STORED[slot.dtype], math.prod(slot.shape), offset=slot.offset
+    )
+    wide = (raw.astype(np.uint32) * 65536).view(np.float32) if slot.dtype == "BF16" else raw
+    return wide.astype(np.float32).reshape(slot.shape)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -43,11 +43,8 @@ class _Inputs:
     adapter: Path
     limits: MergeSection
     stop: Stop
-    tokenizer: Path | None = None
-    """The tokenizer to give with it, in place of the base's."""
-    prepared: Path | None = None
-    """A prepared data set, whose rows the logits are compared on."""
-    stop_token_ids: tuple[int, ...] = ()
+    dataset: Dataset | None = None
+    """Its tokenizer goes with the model; the logits are compared on its rows."""
     progress: Callable[[int, int], None] = lambda *_: None
 
 
@@ -70,8 +67,7 @@ def merge(context: Context, model: Source, dataset: Dataset, adapter: Adapter) -
 
         inputs = _Inputs(
             base=model.folder, adapter=adapter.folder, limits=section, stop=context.stop,
-            tokenizer=dataset.folder / "tokenizer", prepared=dataset.folder,
-            stop_token_ids=tuple(dataset.stop_token_ids), progress=tell,
+            dataset=dataset, progress=tell,
         )  # fmt: skip
         mark = _fingerprint(section, adapter.sha256, model.files, dataset.digest)
         return reuse(context.work / "merge", mark, Merged, partial(_make, inputs), stage="merge")
@@ -172,11 +168,11 @@ def _prove_logits(plan: Plan, inputs: _Inputs, folder: Path) -> dict[str, float]
     from job.merge import logits
 
     config = read_json(folder / "config.json")
-    prompts = logits.dataset_prompts(inputs.prepared) if inputs.prepared else []
+    prompts = logits.dataset_prompts(inputs.dataset.folder) if inputs.dataset else []
     prompts = prompts or logits.fixed_prompts(int(config["vocab_size"]))
     found = logits.compare(plan, folder, prompts, stop=inputs.stop)
     logits.judge(found, plan, inputs.limits)
-    return found.as_dict()
+    return asdict(found)
 
 
 def _summary(plan: Plan, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -212,17 +208,20 @@ def _figures(one: dict[str, float]) -> dict[str, float]:
 
 def _copy_files(plan: Plan, inputs: _Inputs, folder: Path) -> None:
     """Copy what belongs to the base and its tokenizer; config.json changes only where it must."""
-    given = inputs.tokenizer if inputs.tokenizer and inputs.tokenizer.is_dir() else None
-    files = [p for p in sorted(inputs.base.iterdir()) if _belongs(p, own_tokenizer=given is None)]
-    files += [p for p in sorted(given.iterdir()) if p.is_file()] if given else []
-    for path in files:
-        if path.name not in ("config.json", "generation_config.json"):
-            shutil.copyfile(path, folder / path.name)
-    _write_config(inputs.base / "config.json", folder / "config.json", plan.config_edits)
+    given = inputs.dataset.folder / "tokenizer" if inputs.dataset else None
+    own = not (given and given.is_dir())
+    files = {p.name: p for p in inputs.base.iterdir() if _belongs(p, own_tokenizer=own)}
+    if given and not own:
+        files |= {path.name: path for path in given.iterdir() if path.is_file()}
+    edits = {"config.json": plan.config_edits}
     generation = inputs.base / "generation_config.json"
     if generation.is_file():
-        edits = _stop_tokens(read_json(generation), inputs.stop_token_ids)
-        _write_config(generation, folder / "generation_config.json", edits)
+        stops = inputs.dataset.stop_token_ids if inputs.dataset else []
+        edits[generation.name] = _stop_tokens(read_json(generation), stops)
+    for name in files.keys() - edits.keys():
+        shutil.copyfile(files[name], folder / name)
+    for name, changes in edits.items():
+        _write_config(inputs.base / name, folder / name, changes)
 
 
 def _belongs(path: Path, *, own_tokenizer: bool) -> bool:
@@ -242,7 +241,7 @@ def _write_config(source: Path, target: Path, edits: dict[str, Any]) -> None:
     write_bytes(target, json.dumps(merged, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def _stop_tokens(generation: dict[str, Any], stop_token_ids: tuple[int, ...]) -> dict[str, Any]:
+def _stop_tokens(generation: dict[str, Any], stop_token_ids: list[int]) -> dict[str, Any]:
     """Return the edit that lets a base model, now a chat model, stop where its turns end."""
     said = generation.get("eos_token_id")
     known = said if isinstance(said, list) else [said] if said is not None else []

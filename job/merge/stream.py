@@ -10,12 +10,15 @@ after a power cut the second proof finds what is missing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from job.errors import ExitCode, JobError
 from job.files import explained, write_json
@@ -25,6 +28,7 @@ from job.merge.pool import Workers, unproven
 from job.merge.task import Task, cut
 from job.stop import Stop
 
+log = structlog.get_logger()
 SHARD_BYTES = 5_000_000_000
 """The largest shard; the Hub's own limit for comfortable transfers."""
 Figures = dict[str, dict[str, float]]
@@ -152,14 +156,14 @@ class _Writer:
             figures[task.output.name].update(proven)
             done += int(proven["weights"]) * ITEM_BYTES[task.output.dtype]
             self._tell(done, self._plan.size)
+        for output in shard.outputs:
+            if figures[output.name]["weights"] != math.prod(output.shape):
+                raise unproven(f"{output.name} was not proven in every weight")
         self.figures |= {name: dict(sums) for name, sums in figures.items()}
         self._done = done
 
     def prove_again(self, shard: Shard) -> bool:
         """Return whether a shard of an earlier try is right; one that is not goes."""
-        import structlog  # a third of this process's time before its first task
-
-        log = structlog.get_logger()
         path = self._out / shard.name
         try:
             self.work(shard, path, write=False)

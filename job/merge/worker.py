@@ -18,6 +18,7 @@ from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, as_matrices
 from job.merge.numbers import (
     STORED,
     Array,
+    aligned,
     narrow,
     opened,
     read_floats,
@@ -65,7 +66,7 @@ class Merger:
         if self._expert is None:
             dtype: type = np.uint8 if output.copied else STORED[source.dtype]
             width = self._columns * ITEM_BYTES[source.dtype] // np.dtype(dtype).itemsize
-            self._stored: Array = np.empty((len(self._wide), width), dtype)
+            self._stored = aligned((len(self._wide), width), dtype)
 
     def write(self, low: int, high: int) -> None:
         """Write rows ``low`` to ``high``, no more than fit ``space``."""
@@ -80,7 +81,7 @@ class Merger:
             if output.delta is not None:
                 np.matmul(self._left[low:high], self._right, out=change)
                 np.add(wide, change, out=wide)
-            rows = narrow(wide, output.dtype, change)
+            rows = narrow(wide, output.dtype)
         place = (self._first + low) * self._columns * ITEM_BYTES[output.dtype]
         write_from(self._target, rows, self._target_start + place)
 
@@ -102,8 +103,8 @@ def do(task: Task) -> dict[str, float]:
     """
     figures: Counter[str] = Counter()
     columns = as_matrices(task.output.shape)[2]
-    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
-    space = np.empty((4, step, columns), np.float32)
+    step = -(-BLOCK_ELEMENTS // max(columns, 1))
+    space = aligned((4, step, columns), np.float32)
     for matrix, first, last in task.spans:
         with ExitStack() as files:
             merger = Merger(task, matrix, space, files) if task.write else None

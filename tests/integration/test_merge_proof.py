@@ -20,6 +20,7 @@ from job.merge.place import Delta
 from job.merge.plan import Plan, make_plan
 from job.merge.stage import merge_folders
 from job.merge.stream import prove_model, write_model
+from job.merge.task import cut
 from job.stop import Stop
 
 DOWN = "model.layers.1.mlp.experts.down_proj"
@@ -93,6 +94,17 @@ def test_one_bit_of_a_copied_tensor_fails_the_proof(
     merging.edit_tensors(tmp_path, "model.norm.weight", flip_one_bit)
     with pytest.raises(JobError, match=r"model\.norm\.weight"):
         prove_model(plan, tmp_path, stop=Stop())
+
+
+def test_rows_that_nobody_looked_at_fail_the_proof(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not written is not proven either, however right the rest is."""
+    monkeypatch.setattr("job.merge.stream.cut", lambda output: list(cut(output))[:-1])
+    plan = make_plan(folders / "adapter", folders / "base", "base")
+    with pytest.raises(JobError, match="not proven in every weight"):
+        write_model(plan, tmp_path / "out", stop=Stop())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def wrongly(plan: Plan, change: Callable[[Delta], dict[str, Any]], only: str) -> Plan:
