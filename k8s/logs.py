@@ -158,20 +158,28 @@ def in_order(pods: list[Object]) -> list[Object]:
 
 
 def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> None:
-    """Write what there is of a run's log: its pods', or the store's copy once they are gone.
+    """Write what there is of a run's log: its pods', or the store's copy where they can't be asked.
 
     Raises:
         JobError: 66 if there is no such run, or no log of it.
     """
     job, pods = observe(cluster, name)
-    begun = [pod for pod in in_order(pods) if has_begun(pod)]
-    for pod in begun:
-        position = Position()
-        _copy(cluster.log(pod["metadata"]["name"], **position.query), position, write)
-        if position.rest:
-            write(position.rest + b"\n")
-    if begun:
-        return
+    lines: list[bytes] = []
+    try:
+        for pod in filter(has_begun, in_order(pods)):
+            position = Position()
+            _copy(cluster.log(pod["metadata"]["name"], **position.query), position, lines.append)
+            lines += [position.rest + b"\n"] if position.rest else []
+    except (CutError, NotFoundError):
+        # Its node is silent, or the pod has just gone: the store has a copy.
+        lines = []
+    for line in lines or _stored_lines(cluster, job, name, store):
+        write(line)
+
+
+def _stored_lines(
+    cluster: Cluster, job: Object | None, name: str, store: str | None
+) -> list[bytes]:
     annotations = (job or {}).get("metadata", {}).get("annotations") or {}
     uri = annotations.get(STORE) or store
     if job is None and uri is None:
@@ -180,5 +188,4 @@ def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> Non
     if not lines:
         do = f"see `lora-job why {name}`"
         raise JobError(ExitCode.NOT_FOUND, name, "no attempt has written a log yet", do)
-    for line in lines:
-        write(line)
+    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from job.errors import JobError
 from job.stop import Stop
 from k8s import verb_submit
-from k8s.logs import follow
+from k8s.logs import follow, show
 from k8s.refusals import CutError
 
 Object = dict[str, Any]
@@ -148,3 +149,26 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
     monkeypatch.setattr("k8s.logs.follow", interrupted)
     assert verb_submit._follow(cluster, RUN, argparse.Namespace(output="text")) == 130  # type: ignore[arg-type]
     assert f"lora-job logs {RUN} -f -n lora-job" in capfd.readouterr().err
+
+
+def test_the_log_of_a_silent_node_comes_from_the_store(
+    cluster: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its kubelet can't be asked; the copy that the attempt shipped is whole up to a minute ago."""
+    job = _job()
+    job["metadata"]["annotations"] = {"lora-job/store": str(tmp_path)}
+    cluster.moments = [{"job": job, "pods": [_pod("first", 0, 75)]}]
+    kept = tmp_path / "_runs" / RUN / "attempts/1/log-000.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"1 a\n")
+    written: list[bytes] = []
+    show(cluster, RUN, written.append, store=None)  # type: ignore[arg-type]
+    assert written == [b"a\n", b"b\n"]
+
+    def silent(*_: Any, **__: Any) -> Iterator[bytes]:
+        raise CutError("server", "no route to the kubelet")
+
+    monkeypatch.setattr(cluster, "log", silent)
+    written.clear()
+    show(cluster, RUN, written.append, store=None)  # type: ignore[arg-type]
+    assert written == [b"1 a\n"]
