@@ -76,7 +76,8 @@ def _require_progress(head: Head, run_id: str, owner: str) -> None:
     since = head["checkpoint"]["epoch"] if head["checkpoint"] else 0
     ends = [end for end in head["ends"] if end["owner"] == owner and end["epoch"] > since]
     last = ends[-MAX_VANISHED:]
-    places = {(end["code"], end["stage"], end["step"]) for end in last}
+    # Before its first step an attempt knows of none.
+    places = {(end["code"], end["stage"], end["step"] or 0) for end in last}
     same = len(last) == MAX_VANISHED and len(places) == 1
     # At "start" nothing is known of the place: pods that were started at once look like this too.
     if same and last[0]["code"] is None and last[0]["stage"] != "start":

@@ -232,6 +232,14 @@ def test_two_that_vanish_at_the_same_place_are_the_end(bench: Bench) -> None:
     assert "step 30 (out of memory?)" in str(caught.value)
 
 
+def test_no_step_yet_is_step_0(bench: Bench) -> None:
+    """Of two that vanish while they load the base, one may have come as far as to count steps."""
+    bench.vanish(bench.take(stage="train"))
+    bench.vanish(bench.take(stage="train", step=0))
+    with pytest.raises(JobError):
+        bench.take()
+
+
 def test_vanishing_at_different_places_is_bad_luck(bench: Bench) -> None:
     """Attempts that get further each time before they vanish may go on."""
     for step in (10, 20, 30):
