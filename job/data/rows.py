@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -51,6 +51,9 @@ class Encoded:
     """The first example's segments as people read them."""
 
 
+Encode = Callable[[Shape, list[Row], int], list[Encoded]]
+
+
 class Recipe:
     """What is the same for every row.
 
@@ -81,22 +84,18 @@ class Recipe:
     ) -> Iterator[Encoded]:
         """Yield the rows that became examples, in order; count the others in ``report``."""
         names = data_files(source, held_out=held_out)
-        batches = itertools.chain.from_iterable(
-            self._batches(source.folder / name, name) for name in names
-        )
-        size = sum(path.stat().st_size for name in names if (path := source.folder / name).exists())
-        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if size > SMALL_BYTES else 0
+        paths = [source.folder / name for name in names]
+        batches = itertools.chain.from_iterable(map(self._batches, paths, names))
         waiting: deque[tuple[Shape, Future[list[Encoded]]]] = deque()
-        pool = self._pool(workers)
+        pool, encode, most_waiting = self._pool(paths)
         try:
             for batch in itertools.chain(batches, [None]):
                 stop.check()
                 if batch is not None:
                     shape, rows = batch
                     samples = NUM_SAMPLES - len(report.samples)
-                    call = _in_worker if workers else self.encode
-                    waiting.append((shape, pool.submit(call, shape, rows, samples)))
-                while waiting and (batch is None or len(waiting) > 2 + 2 * workers):
+                    waiting.append((shape, pool.submit(encode, shape, rows, samples)))
+                while waiting and (batch is None or len(waiting) > most_waiting):
                     shape, future = waiting.popleft()
                     yield from _counted(future.result(), shape, report)
         except BrokenProcessPool:
@@ -105,12 +104,15 @@ class Recipe:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _pool(self, workers: int) -> Executor:
-        if not workers:
-            return ThreadPoolExecutor(1)
+    def _pool(self, paths: list[Path]) -> tuple[Executor, Encode, int]:
+        """Return who encodes these files, by which call, and how many batches may wait for it."""
+        if sum(path.stat().st_size for path in paths if path.exists()) <= SMALL_BYTES:
+            return ThreadPoolExecutor(1), self.encode, 2
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         # Not forked: this process has threads, and may hold a model.
         fresh = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(workers, fresh, _start_worker, self._arguments)
+        pool = ProcessPoolExecutor(workers, fresh, _start_worker, self._arguments)
+        return pool, _in_worker, 2 + 2 * workers
 
     def _batches(self, path: Path, name: str) -> Iterator[tuple[Shape, list[Row]]]:
         rows, mapping = read_rows(path, name), self.job.data.mapping
