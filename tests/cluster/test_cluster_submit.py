@@ -342,6 +342,17 @@ def test_schedule_is_created_changed_fired_once_and_deleted(
     assert me.types("schedule", "night")[0] == 66
 
 
+@pytest.mark.parametrize("line", ["0 2 L * *", "0 2 * * 1#2", "0 2 * * 7"])
+def test_a_line_that_only_other_crons_know_is_refused(
+    me: Person, controllers: ControlPlane, line: str
+) -> None:
+    """By the server's own words, before anything is created."""
+    job_path, cluster_path = me.write()
+    code, _, err = me.types("schedule", job_path, "--cluster", cluster_path, "--cron", line)
+    assert (code, "spec.schedule" in err) == (78, True), err
+    assert configs(controllers, me.namespace) == []
+
+
 def test_the_ci_role_submits_and_is_refused_a_schedule_by_name(
     controllers: ControlPlane,
     namespace: str,
