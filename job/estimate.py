@@ -27,6 +27,8 @@ class Shape:
     """The sizes that memory depends on."""
 
     parameters: int
+    whole: int
+    """Parameters outside the layers, embeddings and head: no sharding shares them out."""
     adapted: int
     """Parameters that are trained: the adapter's, and whole modules'."""
     layers: int
@@ -55,7 +57,7 @@ def measure(job: JobConfig, model: Source) -> Shape:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from job.train.lora import add_lora
-        from job.train.model import pick_attention, pick_dtype
+        from job.train.model import pick_attention, pick_dtype, require_router
     except ModuleNotFoundError as error:
         what = f"names and memory are not checked: {error.name} is not installed"
         raise JobError(ExitCode.USAGE, "check", what, "pip install 'lora-job[train]'") from None
@@ -71,13 +73,15 @@ def measure(job: JobConfig, model: Source) -> Shape:
             "choose an architecture that transformers has",
         ) from error  # fmt: skip
     attention, _ = pick_attention(job.model.attention, config, job.device)
-    parameters = sum(p.numel() for p in base.parameters())
+    require_router(config, job.train.router_aux_loss_coef)
+    sizes = {name: p.numel() for name, p in base.named_parameters()}
     with torch.device("meta"):
         wrapped = add_lora(base, job.lora, seed=job.seed)
     adapted = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     text = config.get_text_config()
     return Shape(
-        parameters=parameters,
+        parameters=sum(sizes.values()),
+        whole=sum(size for name, size in sizes.items() if ".layers." not in name),
         adapted=adapted,
         bytes_each=dtype.itemsize,
         fused_attention=attention != "eager",
@@ -102,15 +106,19 @@ def _widths(text: Any) -> dict[str, int]:
 
 
 def planned_steps(job: JobConfig, num_rows: int) -> int:
-    """Return the optimiser steps of a run, as job.train.trainer counts them."""
+    """Return the optimiser steps of a run, as job.train.trainer counts them.
+
+    Of a job file that leaves the number of processes open: those of one.
+    """
     if job.train.max_steps is not None:
         return job.train.max_steps
     batches = math.ceil(num_rows / job.train.batch_size)
-    return math.ceil(job.train.epochs * math.ceil(batches / job.train.gradient_accumulation))
+    at_once = job.train.gradient_accumulation * (job.train.num_processes or 1)
+    return math.ceil(job.train.epochs * math.ceil(batches / at_once))
 
 
 def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
-    """Return the peak of training in bytes, by terms.
+    """Return the peak of training in bytes, by terms: on each GPU, or of all ranks on a CPU.
 
     Args:
         job: The job file.
@@ -128,8 +136,8 @@ def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
     kept = shape.layers * tokens * shape.hidden * each
     activations = kept + 2 * layer if job.train.gradient_checkpointing else shape.layers * layer
     tile = min(TILE_BYTES, tokens * shape.vocabulary * 4)
-    return {
-        "weights": shape.parameters * each,
+    terms = {
+        "weights": _held_parameters(job, shape) * each,
         "adapter": shape.adapted * 4,
         "gradients": shape.adapted * 4,
         "optimizer": shape.adapted * 8,
@@ -137,6 +145,19 @@ def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
         "logits": 3 * tile + 2 * tokens * shape.hidden * 4,
         "runtime": int(CUDA_BYTES if job.device == "cuda" else CPU_BYTES),
     }
+    here = (job.train.num_processes or 1) if job.device == "cpu" else 1
+    return {name: size * here for name, size in terms.items()}
+
+
+def _held_parameters(job: JobConfig, shape: Shape) -> int:
+    """Return the base's parameters that one rank holds at once."""
+    if job.train.sharding == "none":
+        return shape.parameters
+    # Two, if the job file leaves it open: the least that can share.
+    ranks = job.train.num_processes or 2
+    layers = shape.parameters - shape.whole
+    # One layer computes while the next is fetched.
+    return shape.whole + math.ceil(layers / ranks + 2 * layers / shape.layers)
 
 
 def disk(

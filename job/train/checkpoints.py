@@ -6,6 +6,7 @@ from (seed, step): a resumed run draws what the uninterrupted one drew, whatever
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -15,13 +16,29 @@ from typing import Any
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from job.artifacts import Dataset, Source
+from job.config import JobConfig
 from job.errors import ExitCode, JobError
-from job.files import fsync_tree, write_bytes, write_json
+from job.files import (
+    fingerprint,
+    fsync_tree,
+    list_files,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from job.train.ranks import num_processes
 
 log = structlog.get_logger()
 
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "optimizer.safetensors", "checkpoint.json"
 TRAINER_STATE, HISTORY = "trainer_state.json", "history.jsonl"
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
+# Settings that change when a run is saved or ended, and not what it computes.
+TIMING = frozenset({"checkpoint_every_s", "checkpoint_every_steps", "step_timeout_s"})
+# Counted as what it comes to: one for each GPU that is here.
+COUNTED = frozenset({"num_processes"})
 
 
 class CheckpointState(BaseModel):
@@ -56,6 +73,23 @@ def save_checkpoint(folder: Path, *, trainer: Any, state: CheckpointState, histo
     fsync_tree(staged)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staged, folder)
+
+
+def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, str]:
+    """Return what an adapter depends on, part by part, so that a difference has a name."""
+    tokenizer = dataset.folder / "tokenizer"
+    train_section = job.train.model_dump(mode="json", exclude=set(TIMING | COUNTED))
+    return {
+        "seed": str(job.seed),
+        "device": job.device,
+        "processes": str(num_processes(job)),
+        "model": fingerprint(job.model.model_dump(mode="json", exclude={"source"}), model.files),
+        "lora": fingerprint(job.lora.model_dump(mode="json")),
+        "train": fingerprint(train_section),
+        "data": dataset.digest,
+        "tokenizer": fingerprint({n: sha256_file(tokenizer / n) for n in list_files(tokenizer)}),
+        "versions": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES),
+    }
 
 
 def read_state(folder: Path, fingerprint: dict[str, str]) -> CheckpointState:

@@ -42,7 +42,9 @@ def terms(model: Any, job: JobConfig) -> str:
     """Return where the memory went, the largest part first."""
     frozen = trained = 0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        # A sharded one: this rank's share.
+        held = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        size = held.nbytes
         # A trained weight comes with its gradient and two moments.
         if parameter.requires_grad:
             trained += 4 * size
@@ -68,4 +70,6 @@ def mend(job: JobConfig) -> str:
         return f"set train.batch_size: {half} and train.gradient_accumulation: {twice}"
     if job.data.max_length > 512:
         return f"set data.max_length: {job.data.max_length // 2}"
+    if section.sharding == "none" and job.device == "cuda":
+        return "set train.sharding: fsdp2 (on several GPUs), or take a larger GPU"
     return "lower lora.rank, or take a device with more memory"

@@ -73,6 +73,18 @@ def pick_attention(wanted: str, config: Any, device: str) -> tuple[str, str]:
     return wanted, "the job file asks for it"
 
 
+def require_router(config: Any, coefficient: float) -> None:
+    """Refuse a router's loss for a model without a router.
+
+    Raises:
+        JobError: 78.
+    """
+    text = config.get_text_config()
+    if coefficient and not hasattr(text, "output_router_logits"):
+        what = f"{text.model_type} has no router"
+        raise JobError(ExitCode.CONFIG, "train.router_aux_loss_coef", what, "leave it out")
+
+
 def has_sinks(config: Any) -> bool:
     """Whether attention has a learned sink, which few kernels know."""
     return bool(config.model_type == "gpt_oss")
@@ -202,7 +214,10 @@ def _read_weights(folder: Path, load: Any) -> tuple[Any, dict[str, Any]]:
     except torch.OutOfMemoryError as error:
         what = f"its weights do not fit on the GPU ({_first_line(error)})"
         raise JobError(
-            ExitCode.OUT_OF_RESOURCES, str(folder), what, "take a larger GPU, or dtype: bfloat16"
+            ExitCode.OUT_OF_RESOURCES,
+            str(folder),
+            what,
+            "take a larger GPU, model.dtype: bfloat16, or train.sharding: fsdp2 on several",
         ) from error
     except OSError as error:
         what = f"its weights can't be read ({_first_line(error)})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import gc
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import structlog
 
 from job.artifacts import Adapter, Dataset, Source, reuse
 from job.config import JobConfig
-from job.files import fingerprint, list_files, sha256_file, write_json
+from job.files import fingerprint, write_json
+from job.train.checkpoints import fingerprints
 
 if TYPE_CHECKING:
     from job.context import Context
@@ -22,12 +24,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
-# Settings that change when a run is saved or ended, and not what it computes.
-TIMING = frozenset({"checkpoint_every_s", "checkpoint_every_steps", "step_timeout_s"})
-# Counted as what it comes to: one for each GPU that is here.
-COUNTED = frozenset({"num_processes"})
-
 
 def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
     """Train the adapter, from the newest valid checkpoint if there is one.
@@ -37,6 +33,7 @@ def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
             71 out of memory, 75 or 76 when asked to stop, 78 names that the model lacks.
     """
     with context.stage("train"):
+        _keep_compiled(context)
         parts = fingerprints(context.job, model, dataset)
         return reuse(
             context.work / "train",
@@ -47,23 +44,14 @@ def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
         )
 
 
-def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, str]:
-    """Return what an adapter depends on, part by part, so that a difference has a name."""
-    from job.train.ranks import num_processes
-
-    tokenizer = dataset.folder / "tokenizer"
-    train_section = job.train.model_dump(mode="json", exclude=set(TIMING | COUNTED))
-    return {
-        "seed": str(job.seed),
-        "device": job.device,
-        "processes": str(num_processes(job)),
-        "model": fingerprint(job.model.model_dump(mode="json", exclude={"source"}), model.files),
-        "lora": fingerprint(job.lora.model_dump(mode="json")),
-        "train": fingerprint(train_section),
-        "data": dataset.digest,
-        "tokenizer": fingerprint({n: sha256_file(tokenizer / n) for n in list_files(tokenizer)}),
-        "versions": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES),
-    }
+def _keep_compiled(context: Context) -> None:
+    """Let what is compiled for a GPU outlive the pod, where it has a folder that does."""
+    if context.cache is None or context.job.device != "cuda":
+        return
+    for name, kind in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        folder = context.cache / "compiled" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(folder)
 
 
 def _train(
@@ -97,12 +85,20 @@ def train_here(
     peers: Peers,
 ) -> Adapter:
     """Train in this process, alone or as one of several; ``folder`` is for this one's files."""
+    from job.estimate import measure
     from job.train.memory import memory_explained
 
-    trainer, life = _prepare(context, model, dataset, folder, parts, restored, resumed, peers)
+    # Names and combinations that can't be are told before the GPU is touched.
+    measure(context.job, model)
+    base = _load(context, model, peers)
+    context.progress.end("load")
+    with memory_explained(base, context.job):
+        trainer, life = _prepare(
+            context, base, model, dataset, folder, parts, restored, resumed, peers
+        )
     peers.check(context.stop)
     try:
-        with memory_explained(trainer.model, context.job):
+        with memory_explained(base, context.job):
             _run(trainer, restored, resumed)
         adapter = _finish(trainer, life, folder, resumed)
     finally:
@@ -126,6 +122,7 @@ def _restore(context: Context, folder: Path, parts: dict[str, str]) -> Checkpoin
 
 def _prepare(
     context: Context,
+    base: Any,
     source: Source,
     dataset: Dataset,
     folder: Path,
@@ -142,14 +139,14 @@ def _prepare(
     from job.train.lora import add_lora
     from job.train.meters import Meters
     from job.train.model import active_parameters, load_tokenizer
+    from job.train.norm import use_fused_norms
     from job.train.trainer import make_trainer
 
     job = context.job
-    base = _load(context, source, peers)
-    context.progress.end("load")
     model = add_lora(base, job.lora, seed=job.seed, source=source)
     if job.lora.expert_forward == "grouped":
         use_grouped_lora(model)
+    use_fused_norms(model)
     if job.train.sharding == "fsdp2":
         from job.train.sharding import shard_base
 
@@ -242,13 +239,17 @@ def _run(trainer: LoraTrainer, restored: Path, resumed: CheckpointState | None) 
     """Train the steps that are left; an ended training only gets its weights back."""
     from job.train.checkpoints import load_weights
 
-    if resumed is None:
-        trainer.train()
-    elif resumed.ended or resumed.step >= trainer.args.max_steps:
+    if resumed is not None and (resumed.ended or resumed.step >= trainer.args.max_steps):
         load_weights(restored, trainer.model)
         trainer.state.global_step = resumed.step
-    else:
-        trainer.train(resume_from_checkpoint=str(restored))
+        return
+    # What is here stays to the end: the garbage collector need not walk it at every step.
+    gc.collect()
+    gc.freeze()
+    try:
+        trainer.train(resume_from_checkpoint=str(restored) if resumed is not None else None)
+    finally:
+        gc.unfreeze()
 
 
 def _finish(

@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 from job.artifacts import Dataset
 from job.config import JobConfig, TrainSection
-from job.errors import ExitCode, JobError
 from job.train.checkpoints import CheckpointState, load_optimizer, load_weights
 from job.train.collator import Collator, Order, build_masks, with_blank
 from job.train.loss import balance_loss, summed_loss
@@ -121,20 +120,8 @@ def make_trainer(
     packed: bool,
     peers: Peers = ALONE,
 ) -> LoraTrainer:
-    """Return the trainer of one run.
-
-    Raises:
-        JobError: 78 for a router loss on a model without a router.
-    """
+    """Return the trainer of one run."""
     section = job.train
-    text_config = base_of(model).config.get_text_config()
-    if section.router_aux_loss_coef and not hasattr(text_config, "output_router_logits"):
-        raise JobError(
-            ExitCode.CONFIG,
-            "train.router_aux_loss_coef",
-            f"{text_config.model_type} has no router",
-            "leave it out",
-        )
     with warnings.catch_warnings():
         # TRL still says gradient_checkpointing, and transformers wants another word for it.
         warnings.simplefilter("ignore", FutureWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,43 @@ def test_the_steps_are_the_trainers(tmp_path: Path, base: Path) -> None:
     """The steps that check counts are those that training plans."""
     from job.train import trainer
 
-    for train in ({"epochs": 1.5}, {"max_steps": 7}, {"batch_size": 3, "gradient_accumulation": 2}):
+    for train in (
+        {"epochs": 1.5},
+        {"max_steps": 7},
+        {"batch_size": 3, "gradient_accumulation": 2, "num_processes": 4},
+    ):
         job = job_file(tmp_path, base, train=train)
         for rows in (1, 16, 17, 1000):
-            assert estimate.planned_steps(job, rows) == trainer.planned_steps(rows, job.train)
+            planned = trainer.planned_steps(rows, job.train, job.train.num_processes or 1)
+            assert estimate.planned_steps(job, rows) == planned
+
+
+def test_sharded_ranks_hold_a_share_each(tmp_path: Path, base: Path) -> None:
+    """FSDP2 on eight GPUs: embeddings and head, an eighth of the layers, and two of them whole."""
+    source = Source(folder=base, uri="file:x", files={})
+    shape = estimate.measure(job_file(tmp_path, base), source)
+    layers = shape.parameters - shape.whole
+    assert 0 < shape.whole < shape.parameters
+
+    def weights(**train: object) -> int:
+        job = job_file(tmp_path, base, train=train)
+        on_gpu = job.model_copy(update={"device": "cuda"})
+        return estimate.memory(on_gpu, shape, 64)["weights"] // shape.bytes_each
+
+    assert weights(num_processes=8) == shape.parameters
+    share = layers / 8 + 2 * layers / shape.layers
+    assert weights(num_processes=8, sharding="fsdp2") == shape.whole + math.ceil(share)
+
+
+def test_ranks_on_a_cpu_share_its_memory(tmp_path: Path, base: Path) -> None:
+    """Each rank has a base of its own there."""
+    source = Source(folder=base, uri="file:x", files={})
+    shape = estimate.measure(job_file(tmp_path, base), source)
+    one, two = (
+        sum(estimate.memory(job_file(tmp_path, base, train=train), shape, 64).values())
+        for train in ({}, {"num_processes": 2})
+    )
+    assert two == 2 * one
 
 
 def test_a_20b_model_is_measured_without_weights(tmp_path: Path) -> None:

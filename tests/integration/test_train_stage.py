@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,8 +14,9 @@ from structlog.testing import capture_logs
 
 from job.errors import ExitCode, JobError
 from job.stop import Stop, preempted
+from job.train.checkpoints import fingerprints
 from job.train.meters import read_history
-from job.train.stage import fingerprints, train
+from job.train.stage import train
 
 EXPERTS = ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]
 SLOWLY = {"max_steps": 4, "checkpoint_every_steps": 1}
@@ -67,7 +70,7 @@ def test_gpt_oss_learns_with_its_experts(tmp_path, mxfp4):
     left = {p.name for p in adapter.folder.iterdir()}
     assert left == {
         ".fingerprint", "adapter_config.json", "adapter_model.safetensors", "artifact.json",
-        "delta_norms.json", "history.jsonl",
+        "delta_norms.json", "history.jsonl", "startup.json",
     }  # fmt: skip
 
 
@@ -443,13 +446,13 @@ def test_trackers_get_every_step_and_an_end(bed, monkeypatch):
         def log(self, step, figures):
             seen.append((step, figures["loss"]))
 
-        def end(self, summary):
-            seen.append(summary)
+        def end(self):
+            seen.append("ended")
 
     monkeypatch.setattr("job.track.make_trackers", lambda *_: [Tracker()])
     bed.train(train=SLOWLY, track={"tensorboard": {}})
     assert [entry[0] for entry in seen[:-1]] == [1, 2, 3, 4]
-    assert seen[-1] == {"steps": 4}
+    assert seen[-1] == "ended"
 
 
 @pytest.mark.parametrize("scheduler", ["cosine_with_min_lr", "cosine", "linear", "constant"])
@@ -458,3 +461,38 @@ def test_every_scheduler_of_the_job_file_runs(bed, scheduler):
     bed.train(train={"max_steps": 2, "scheduler": scheduler})
     lines = read_history(bed.context.work / "train" / "history.jsonl")
     assert lines[0]["learning_rate"] == 1e-2
+
+
+def test_what_cannot_be_is_told_before_the_weights_are_read(bed, monkeypatch):
+    """Names and a router that the model lacks, from its config alone."""
+    monkeypatch.setattr("job.train.stage._load", lambda *_: pytest.fail("the weights were read"))
+    for sections in (
+        {"lora": {"dropout": 0, "target_parameters": EXPERTS}},
+        {"train": {"router_aux_loss_coef": 0.1}},
+    ):
+        check_refused(ExitCode.CONFIG, "", lambda sections=sections: bed.train(**sections))
+
+
+def test_out_of_memory_before_the_first_step_is_told_too(bed, monkeypatch):
+    """The packing check computes, so it can run out as well."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr("job.train.preflight.packing_fault", fail)
+    check_refused(ExitCode.OUT_OF_RESOURCES, "base .* GB", bed.train)
+
+
+def test_what_is_compiled_for_a_gpu_stays_in_the_cache(bed, tmp_path, monkeypatch):
+    """Triton's and Inductor's folders lie in the cache that outlives the pod."""
+    from types import SimpleNamespace
+
+    from job.train.stage import _keep_compiled
+
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    for name in names:
+        monkeypatch.setenv(name, "/home/job/.cache")
+    _keep_compiled(SimpleNamespace(cache=tmp_path, job=SimpleNamespace(device="cpu")))
+    assert all(os.environ[name] == "/home/job/.cache" for name in names)
+    _keep_compiled(SimpleNamespace(cache=tmp_path, job=SimpleNamespace(device="cuda")))
+    assert all(Path(os.environ[name]).parent == tmp_path / "compiled" for name in names)
