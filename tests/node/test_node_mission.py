@@ -101,6 +101,23 @@ def test_deleted_drained_and_killed_the_adapter_is_the_undisturbed_one(
     assert mission.job(run)["status"].get("failed") == 1
 
 
+def test_a_grace_period_too_short_for_a_save_is_named(mission: Mission) -> None:
+    """SIGKILL in the middle of a save: the next attempt goes on, and `why` says what to set."""
+    run = mission.submit("slow", steps=4000, grace_period_s=8)
+    mission.checkpoint_after(run, 0)
+    [pod] = mission.pods(run)
+    with mission.s3.proxy.toxic("latency", latency=3000):
+        path = f"{CORE.format(mission.namespace)}/pods/{pod['metadata']['name']}"
+        mission.machine.plane.delete(path)
+        mission.pod_gone(pod["metadata"]["name"])
+    end = mission.until(run, lambda head: head["epoch"] == 2 and head["ends"][-1])
+    assert (end["code"], end["stopping"]) == (None, True)
+    why = mission.ask("why", run)
+    assert "was asked to end" in why["what"]
+    assert "raise grace_period_s" in why["do"]
+    mission.types("cancel", run, "--now", "-n", mission.namespace)
+
+
 def test_a_node_that_vanishes_holds_its_run_until_somebody_says_that_it_is_dead(
     mission: Mission,
 ) -> None:
@@ -205,7 +222,8 @@ def test_a_foreign_job_of_a_living_run_is_refused(mission: Mission) -> None:
 
 def test_no_progress_is_an_end(mission: Mission) -> None:
     """Two attempts that vanish at the same place without a word: the third says 72 and stops."""
-    run = mission.submit("stuck", steps=4000, train={"checkpoint_every_steps": 4000})
+    # Both are killed before their first step is over.
+    run = mission.submit("stuck", steps=40, train={"gradient_accumulation": 4000})
     for epoch in (1, 2):
         mission.until(run, lambda head, epoch=epoch: _trains(head, epoch))
         pod = mission.pods(run)[-1]["metadata"]["name"]
