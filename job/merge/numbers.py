@@ -80,7 +80,8 @@ def narrow(wide: Array, dtype: str) -> Array:
     ties = (bits.astype(np.uint16) == 0).ravel().nonzero()[0]
     np.right_shift(bits, 16, out=bits)
     stored = bits.astype(np.uint16)
-    stored.reshape(-1)[ties] &= 0xFFFE
+    if len(ties):
+        stored.reshape(-1)[ties] &= 0xFFFE
     return stored
 
 

@@ -126,6 +126,8 @@ class Proof:
         apart = np.subtract(total.view(np.int32), merged.view(np.int32), out=space.view(np.int32))
         shifted = np.add(apart, 0x7FFF, out=apart).view(np.uint32).ravel()
         places = (shifted > 0xFFFE).nonzero()[0]
+        if not len(places):
+            return places
         tie = shifted[places] + 1 & 0xFFFEFFFF == 0
         return places[~tie | (stored.ravel()[places] & 1 == 1)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -176,23 +177,23 @@ def sync() -> float:
 
 
 def run(scale: str, repeat: int) -> dict[str, Any]:
-    """Measure both ways; the best of ``repeat`` runs each."""
+    """Measure both ways; turn by turn; the best of ``repeat`` runs each."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_inputs(folder, SCALES[scale])
-        for name, code in (("ours", OURS), ("peft", PEFT)):
-            runs = []
-            for turn in range(repeat):
+        runs: dict[str, list[Run]] = {"ours": [], "peft": []}
+        for turn in range(repeat):
+            for name, code in (("ours", OURS), ("peft", PEFT)):
                 out = folder / f"{name}{turn}"
                 sync()
                 arguments = [str(folder / "base"), str(folder / "adapter"), str(out)]
                 seconds, inner, peak = measure(code, arguments)
-                runs.append(Run(seconds, inner, peak / 1e6, sync()))
-                for file in out.iterdir():
-                    file.unlink()
-            best = min(runs)
-            result[name] = best._replace(peak_mb=max(one.peak_mb for one in runs))._asdict()
+                runs[name].append(Run(seconds, inner, peak / 1e6, sync()))
+                shutil.rmtree(out)
+    for name, found in runs.items():
+        highest = max(one.peak_mb for one in found)
+        result[name] = min(found)._replace(peak_mb=highest)._asdict()
     result["speedup"] = result["peft"]["seconds"] / result["ours"]["seconds"]
     return result
 
