@@ -56,22 +56,7 @@ def generate(
     Raises:
         JobError: 66 no such model, 65 no chat template, 69 no GPU, 70 damaged weights.
     """
-    from job.train.model import load_base
-
-    stop = stop or Stop()
-    base, adapter = locate(model, adapter, stop=stop)
-    loaded, reason = load_base(base, device=device)
-    log.info("model_loaded", folder=str(base), adapter=str(adapter or ""), attention=reason)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    speaker = Speaker(
-        loaded,
-        _tokenizer_folder(base, adapter),
-        base=base,
-        started=time.time(),
-        stop=stop,
-        progress=Progress(),
-    )
+    speaker = _speaker(model, adapter, device, stop or Stop())
     general = {"system": system, "reasoning_language": reasoning_language}
     asked = [Prompt(**general | prompt.model_dump(exclude_none=True)) for prompt in prompts]
     how: dict[str, Any] = {
@@ -80,6 +65,22 @@ def generate(
         "seed": seed,
     }
     return list(speaker.ask(asked, **how))
+
+
+def _speaker(model: str, adapter: Path | None, device: str, stop: Stop) -> Speaker:
+    from job.train.model import load_base
+
+    base, adapter = locate(model, adapter, stop=stop)
+    loaded, reason = load_base(base, device=device)
+    log.info("model_loaded", folder=str(base), adapter=str(adapter or ""), attention=reason)
+    tokenizer = base
+    if adapter is not None:
+        loaded = load_adapter(loaded, adapter)
+        # It may have a template of its own.
+        tokenizer = adapter if (adapter / "tokenizer_config.json").exists() else base
+    return Speaker(
+        loaded, tokenizer, base=base, started=time.time(), stop=stop, progress=Progress()
+    )
 
 
 def read_prompts(prompt: str | None, path: Path | None) -> list[Prompt]:
@@ -197,10 +198,3 @@ def _pulled(uri: str, *, stop: Stop) -> Path:
     folder = cache / fingerprint(uri)[:16]
     source = pull_one(uri, folder, kind="model", stop=stop, progress=Progress())
     return source.folder
-
-
-def _tokenizer_folder(base: Path, adapter: Path | None) -> Path:
-    """Return the folder of the tokenizer: the adapter's, which may have a template of its own."""
-    if adapter is not None and (adapter / "tokenizer_config.json").exists():
-        return adapter
-    return base
