@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -23,6 +24,30 @@ def test_every_way_is_measured_and_written(tmp_path, capsys, part):
         assert figures["ratio"] > 0
     assert found["results"]["recipe"]["ratio"] == 1
     assert all(f"| {way} |" in capsys.readouterr().out for way in ways[:1])
+
+
+def test_a_way_that_runs_out_of_memory_leaves_the_base_to_the_next(tmp_path, monkeypatch):
+    """It is named with its reason, and the others train what they would have trained."""
+    from job.train import trainer
+
+    ways = tuple(w for w in bench_gpu.PARTS["qwen2.5-1.5b"].ways if w.name in ("all", "recipe"))
+    part = dataclasses.replace(bench_gpu.PARTS["qwen2.5-1.5b"], ways=(ways[1], ways[0], ways[1]))
+    monkeypatch.setitem(bench_gpu.PARTS, "qwen2.5-1.5b", part)
+    whole, calls = trainer.summed_loss, []
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return whole(*arguments)
+
+    monkeypatch.setattr(trainer, "summed_loss", fails_once)
+    seen = []
+    monkeypatch.setattr(bench_gpu, "_say", lambda name, figures: seen.append((name, figures)))
+    bench_gpu.run_part("qwen2.5-1.5b", tmp_path, tiny=True)
+    assert [name for name, _ in seen] == ["all", "recipe", "all"]
+    assert seen[0][1] == {"failed": "CUDA out of memory. Tried"}
+    assert all(figures["tokens_per_s"] > 0 for _, figures in seen[1:])
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
