@@ -20,7 +20,9 @@ from job.train.stage import train
 
 log = structlog.get_logger()
 
-HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "job.train.trainer")
+# No more than this: libraries that load their parts when asked (transformers, huggingface_hub) break
+# when two threads ask at once, and a pull may ask too.
+HEAVY = ("torch",)
 
 
 def run(context: Context) -> Receipt:
