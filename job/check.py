@@ -24,7 +24,6 @@ from job.stop import Stop
 
 T = TypeVar("T")
 
-STORE_DEADLINE_S = 20.0
 """A check waits no longer for a store that does not answer; a run does."""
 TRAINED, PLAIN, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
@@ -91,10 +90,9 @@ class _Check:
 
         single_writer = self._job.single_writer
         store = open_store(self._job.store, stop=self._stop, single_writer=single_writer)
-        patient = store.hearing(self._stop, deadline_s=STORE_DEADLINE_S)
-        require_conditions(patient)
+        require_conditions(store)
         if single_writer:
-            next(iter(patient.list(f"{self._job.name}/")), None)
+            next(iter(store.list(f"{self._job.name}/")), None)
 
     def hub(self) -> None:
         from job.hub import check_access

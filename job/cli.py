@@ -147,13 +147,13 @@ def _say(error: JobError) -> int:
     return int(error.code)
 
 
-def _stop() -> Any:
+def _stop(*, person_waits: bool = False) -> Any:
     """Return a stop that signals request, with logging set up: what every verb begins with."""
     from job import logs
-    from job.stop import Stop, install_signals
+    from job.stop import PERSONS_PATIENCE_S, RUNS_PATIENCE_S, Stop, install_signals
 
     logs.configure()
-    stop = Stop()
+    stop = Stop(patience_s=PERSONS_PATIENCE_S if person_waits else RUNS_PATIENCE_S)
     install_signals(stop)
     return stop
 
@@ -162,7 +162,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from job.check import check, print_report
     from job.config import load_job
 
-    report = check(load_job(arguments.job), stop=_stop())
+    report = check(load_job(arguments.job), stop=_stop(person_waits=True))
     _tell(arguments, report, print_report)
     return int(report.get("code", 0))
 
@@ -227,7 +227,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 def _versions(arguments: argparse.Namespace) -> int:
     from job.store.show import list_or_prune, print_versions
 
-    report = list_or_prune(arguments.name, keep=arguments.prune, stop=_stop())
+    report = list_or_prune(arguments.name, keep=arguments.prune, stop=_stop(person_waits=True))
     _tell(arguments, report, print_versions)
     return 0
 
@@ -235,6 +235,6 @@ def _versions(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from job.store.show import print_findings, probe_store
 
-    report = probe_store(arguments.store, stop=_stop())
+    report = probe_store(arguments.store, stop=_stop(person_waits=True))
     _tell(arguments, report, print_findings)
     return int(report["code"])

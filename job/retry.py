@@ -1,4 +1,4 @@
-"""The one retry layer: what may pass is tried again, with jitter, until one deadline."""
+"""The one retry layer: what may pass is tried again, with jitter, until patience ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from job.stop import Stop
 T = TypeVar("T")
 log = structlog.get_logger()
 
-DEADLINE_S = 20 * 60.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
 
 
@@ -27,13 +26,13 @@ class TransientError(Exception):
         self.retry_after_s = retry_after_s
 
 
-def retry(what: str, call: Callable[[], T], *, stop: Stop, deadline_s: float = DEADLINE_S) -> T:
+def retry(what: str, call: Callable[[], T], *, stop: Stop) -> T:
     """Return ``call()``, again and again while it raises :class:`TransientError`.
 
     Raises:
-        JobError: 74 once ``deadline_s`` seconds have gone by, or the stop's own reason.
+        JobError: 74 once the stop's patience is at its end, or the stop's own reason.
     """
-    give_up = time.monotonic() + deadline_s
+    give_up = time.monotonic() + stop.patience_s
     for attempt in range(1_000_000):
         stop.check()
         try:
@@ -42,7 +41,7 @@ def retry(what: str, call: Callable[[], T], *, stop: Stop, deadline_s: float = D
             backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 10))
             wait_s = max(error.retry_after_s, backoff * random.uniform(0.5, 1.0))
             if time.monotonic() + wait_s > give_up:
-                late = f"no success within {deadline_s:.0f} s: {error}"
+                late = f"no success within {stop.patience_s:.0f} s: {error}"
                 do = "see whether the server can be reached from here, then start again"
                 raise JobError(ExitCode.STORE, what, late, do) from error
             log.warning("retried", what=what, reason=str(error)[:300], wait_s=round(wait_s, 2))

@@ -11,6 +11,8 @@ from types import FrameType
 from job.errors import ExitCode, JobError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RUNS_PATIENCE_S, PERSONS_PATIENCE_S = 20 * 60.0, 30.0
+"""A run outlasts a server's restart; somebody who waits at a terminal is told soon."""
 GIVEN_UP = 130
 """What a shell calls the end by SIGINT."""
 
@@ -19,10 +21,12 @@ class Stop:
     """A request to end, set by a signal (75), by a newer attempt (76) or by the watchdog (69).
 
     Every stage calls :meth:`check` between units of work and :meth:`wait` instead of sleeping.
-    Training looks at :attr:`requested` itself, because it saves a checkpoint first.
+    Training looks at :attr:`requested` itself, because it saves a checkpoint first. ``patience_s``
+    is for how long what hears this stop tries a server again that does not answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float = RUNS_PATIENCE_S) -> None:
+        self.patience_s = patience_s
         self._event = threading.Event()
         self._error: JobError | None = None
 

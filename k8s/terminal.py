@@ -35,10 +35,10 @@ def wants_json(arguments: argparse.Namespace) -> bool:
 def new_stop() -> Stop:
     """Return a stop that nothing asks: Ctrl-C ends what waits here, and never the run."""
     from job import logs
-    from job.stop import Stop
+    from job.stop import PERSONS_PATIENCE_S, Stop
 
     logs.configure()
-    return Stop()
+    return Stop(patience_s=PERSONS_PATIENCE_S)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 
 from job.errors import ExitCode, JobError
 from job.files import atomic_writer, refusals
-from job.retry import DEADLINE_S, TransientError, retry
+from job.retry import TransientError, retry
 from job.stop import Stop
 from job.store.transfer import ordered
 
@@ -79,13 +79,13 @@ class Store(ABC):
         self.uri = uri
         self.single_writer = single_writer
         """The store has no conditions: create and swap read, compare, then write."""
-        self.stop, self.deadline_s = stop, DEADLINE_S
+        self.stop = stop
         self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="store")
 
-    def hearing(self, stop: Stop, *, deadline_s: float = DEADLINE_S) -> Self:
-        """Return the same store, with another stop to hear and another deadline to retry to."""
+    def hearing(self, stop: Stop) -> Self:
+        """Return the same store, with another stop to hear."""
         other = copy.copy(self)
-        other.stop, other.deadline_s = stop, deadline_s
+        other.stop = stop
         return other
 
     def ask(self, key: str, call: Callable[[], T]) -> T:
@@ -96,7 +96,7 @@ class Store(ABC):
             with self._explained(where):
                 return call()
 
-        return retry(where, once, stop=self.stop, deadline_s=self.deadline_s)
+        return retry(where, once, stop=self.stop)
 
     def create(self, key: str, body: bytes) -> str:
         """Write ``body`` if ``key`` is absent, and return its tag.

@@ -62,7 +62,7 @@ class Attempt:
         # A signal must not keep a checkpoint or the last words from being written; a fence must.
         self._fence, self._ending = Stop(), Stop()
         self._lasting = store.hearing(self._fence)
-        self._last = store.hearing(Stop(), deadline_s=LAST_WORDS_S)
+        self._last = store.hearing(Stop(patience_s=LAST_WORDS_S))
         self._beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._beats.start()
 

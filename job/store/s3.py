@@ -135,7 +135,7 @@ class S3Store(Store):
 
     def _abort(self, key: str, upload: dict[str, str]) -> None:
         """Throw away the parts, which no listing shows and which cost money for ever."""
-        last = self.hearing(Stop(), deadline_s=15.0)
+        last = self.hearing(Stop(patience_s=15.0))
         with contextlib.suppress(JobError, MissingError):
             last.ask(key, lambda: self._client.abort_multipart_upload(**upload))
 

@@ -10,13 +10,11 @@ from job.store import open_store
 from job.store.probe import probe
 from job.store.versions import channels, list_versions, parse_spec, prune
 
-PROBE_DEADLINE_S = 60.0
-
 
 def list_or_prune(spec: str, *, keep: int | None, stop: Stop) -> dict[str, Any]:
     """Return what is published under ``STORE/NAME``, after deleting what is beyond ``keep``."""
     root, name, _ = parse_spec(spec)
-    store = open_store(root, stop=stop).hearing(stop, deadline_s=PROBE_DEADLINE_S)
+    store = open_store(root, stop=stop)
     deleted = [] if keep is None else prune(store, name, keep)
     pointers = {c: pointer["version"] for c, pointer in channels(store, name).items()}
     versions = list_versions(store, name)
@@ -38,7 +36,7 @@ def print_versions(report: dict[str, Any], out: TextIO) -> None:
 
 def probe_store(uri: str, *, stop: Stop) -> dict[str, Any]:
     """Try ``uri`` out; ``code`` is 0 if it holds everything, else 78."""
-    findings = probe(open_store(uri, stop=stop).hearing(stop, deadline_s=PROBE_DEADLINE_S))
+    findings = probe(open_store(uri, stop=stop))
     holds = all(finding["ok"] for finding in findings)
     code = int(ExitCode.VERIFIED if holds else ExitCode.CONFIG)
     return {"store": uri, "code": code, "findings": findings}

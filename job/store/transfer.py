@@ -71,7 +71,7 @@ def each(
     The process's end waits for it, that it may throw away the parts that it sent; not for a
     ``daemon``, which leaves nothing behind.
     """
-    inner, todo = Stop(), deque(enumerate(items))
+    inner, todo = Stop(patience_s=stop.patience_s), deque(enumerate(items))
     done: SimpleQueue[tuple[int, R | BaseException]] = SimpleQueue()
 
     def work() -> None:

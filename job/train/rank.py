@@ -23,8 +23,7 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.files import write_json
 from job.progress import Progress
-from job.retry import DEADLINE_S
-from job.stop import Stop, preempted
+from job.stop import RUNS_PATIENCE_S, Stop, preempted
 
 if TYPE_CHECKING:
     from job.train.checkpoints import CheckpointState
@@ -170,7 +169,7 @@ def _join(job: JobConfig) -> None:
     # All ranks are on this machine.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # The others wait while rank 0's checkpoint is made durable.
-    patience = timedelta(seconds=DEADLINE_S + job.train.step_timeout_s)
+    patience = timedelta(seconds=RUNS_PATIENCE_S + job.train.step_timeout_s)
     backend = "gloo" if job.device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=patience)
     if job.device == "cpu":

@@ -206,14 +206,13 @@ def test_a_busy_server_is_asked_again(hub: Hub, tmp_path: Path, status: int) -> 
     assert pulled(MODEL, tmp_path).revision
 
 
-def test_past_the_deadline_it_is_the_store(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server that stays busy is code 74 in the end."""
+def test_past_the_deadline_it_is_the_store(hub: Hub, tmp_path: Path) -> None:
+    """A server that stays busy is code 74 in the end, as soon as the stop's patience is."""
     hub.add("org/model", sources.model_files())
-    monkeypatch.setattr("job.retry.retry.__kwdefaults__", {"deadline_s": 0.2})
     hub.faults = [Fault("/resolve/", "status", times=999)]
-    assert refusal(MODEL, tmp_path).code is ExitCode.STORE
+    with pytest.raises(JobError) as caught:
+        pulled(MODEL, tmp_path, stop=Stop(patience_s=0.2))
+    assert caught.value.code is ExitCode.STORE
 
 
 def test_offline_asks_nobody_and_says_so(
@@ -342,3 +341,20 @@ def test_progress_tells_how_long(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
     progress = Progress()
     pull_one(MODEL, tmp_path / "x", kind="model", stop=Stop(), progress=progress)
     assert progress.snapshot()["eta_s"] == 0
+
+
+def test_a_person_who_checks_is_told_soon_that_the_hub_is_away(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``check`` does not try for the 20 minutes that a run would."""
+    from job.cli import main
+
+    monkeypatch.setattr("job.stop.PERSONS_PATIENCE_S", 0.2)
+    hub.faults = [Fault("/api/", "status", times=999)]
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"name: away\ndevice: cpu\nstore: {tmp_path}/store\n"
+        "model: {source: 'hf://org/model'}\ndata: {source: 'hf://org/rows'}\n"
+    )
+    assert main(["check", str(job)]) == ExitCode.STORE
+    assert "no success within 0 s" in capsys.readouterr().out

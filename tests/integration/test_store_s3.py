@@ -112,7 +112,7 @@ def test_a_lost_answer_to_our_own_success_is_success(
     proxy: servers.Proxy, s3_root: str, store: Store
 ) -> None:
     """The server did the work, its answer is lost, the second try meets 412: read back, and won."""
-    ours = open_store(s3_root, stop=Stop())
+    ours = open_store(s3_root, stop=Stop(patience_s=1.0))
     proxy.first("lost", "PUT", "/head.json")
     tag = ours.create("head.json", b"ours")
     proxy.first("lost", "PUT", "/head.json")
@@ -128,7 +128,7 @@ def test_a_lost_answer_does_not_hide_somebody_elses_success(
 ) -> None:
     """If another writer's body is there after a lost answer, it is a conflict."""
     theirs = store.create("head.json", b"theirs")
-    ours = open_store(s3_root, stop=Stop())
+    ours = open_store(s3_root, stop=Stop(patience_s=1.0))
     proxy.first("lost", "PUT", "/head.json")
     with pytest.raises(ExistsError):
         ours.create("head.json", b"ours")
@@ -141,7 +141,7 @@ def test_a_lost_answer_does_not_hide_somebody_elses_success(
 @pytest.mark.parametrize("fault", ["503", "500", "429", "409", "refuse"])
 def test_what_may_pass_is_tried_again(proxy: servers.Proxy, s3_root: str, fault: str) -> None:
     """Busy servers and broken connections are retried; the write arrives once."""
-    ours = open_store(s3_root, stop=Stop())
+    ours = open_store(s3_root, stop=Stop(patience_s=1.0))
     proxy.first(fault, "PUT", "/a.json", times=2)
     ours.create("a.json", b"x")
     proxy.first(fault, "GET", "/a.json", times=1)
@@ -154,7 +154,7 @@ def test_unreachable_past_the_deadline_is_74(s3_root: str, monkeypatch: pytest.M
     """A server that is not there is tried until the deadline, then 74."""
     [port] = servers.free_ports(1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    ours = open_store(s3_root, stop=Stop()).hearing(Stop(), deadline_s=1.0)
+    ours = open_store(s3_root, stop=Stop(patience_s=1.0))
     assert code_of(lambda: ours.get("a")) is ExitCode.STORE
 
 

@@ -119,7 +119,7 @@ def test_a_retry_ends_with_success_or_with_74() -> None:
 
     assert retry("server", flaky, stop=Stop()) == "done"
     with pytest.raises(JobError) as caught:
-        retry("server", dead, stop=Stop(), deadline_s=0.3)
+        retry("server", dead, stop=Stop(patience_s=0.3))
     assert caught.value.code is ExitCode.STORE
 
 
