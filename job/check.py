@@ -50,7 +50,7 @@ def check(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
 def _elsewhere(job: JobConfig) -> str | None:
     """Return why a job for a GPU can't run on this machine: no fault of the job's."""
     try:
-        from job.train.model import require_device
+        from job.train.devices import require_device
 
         require_device(job.device)
     except ModuleNotFoundError:
@@ -164,7 +164,9 @@ class _Check:
             tokens=data["tokens"] + data["held_out_tokens"],
         )
         return {
-            "steps": estimate.planned_steps(job, dataset.num_rows),
+            "steps": estimate.planned_steps(
+                job.train, dataset.num_rows, job.train.num_processes or 1
+            ),
             "memory": {**memory, "total": sum(memory.values())},
             "memory_available": estimate.available_bytes(job.device),
             "disk": {**disk, "total": sum(disk.values())},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job.artifacts import Source
-from job.config import JobConfig
+from job.config import JobConfig, TrainSection
 from job.errors import ExitCode, JobError
 
 TILE_BYTES = 256 << 20  # of the loss, see job.train.loss
@@ -105,16 +105,13 @@ def _widths(text: Any) -> dict[str, int]:
     }
 
 
-def planned_steps(job: JobConfig, num_rows: int) -> int:
-    """Return the optimiser steps of a run, as job.train.trainer counts them.
-
-    Of a job file that leaves the number of processes open: those of one.
-    """
-    if job.train.max_steps is not None:
-        return job.train.max_steps
-    batches = math.ceil(num_rows / job.train.batch_size)
-    at_once = job.train.gradient_accumulation * (job.train.num_processes or 1)
-    return math.ceil(job.train.epochs * math.ceil(batches / at_once))
+def planned_steps(section: TrainSection, num_rows: int, num_processes: int) -> int:
+    """Return the optimiser steps that the job file asks for, on ``num_rows`` rows."""
+    if section.max_steps is not None:
+        return section.max_steps
+    batches = math.ceil(num_rows / section.batch_size)
+    at_once = section.gradient_accumulation * num_processes
+    return math.ceil(section.epochs * math.ceil(batches / at_once))
 
 
 def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:

@@ -150,7 +150,7 @@ def _resolved(job: JobConfig) -> bytes:
 
 def _require_device(job: JobConfig) -> None:
     if job.device == "cuda":
-        from job.train.model import require_device
+        from job.train.devices import require_device
 
         require_device(job.device)
 

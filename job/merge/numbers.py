@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import os
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from job.merge.checkpoint import Slot
+from job.merge.place import Delta
 
 Array = npt.NDArray[Any]
 CACHE_LINE = 64
@@ -90,3 +92,19 @@ def read_floats(slot: Slot) -> Array:
     with open(slot.file, "rb", buffering=0) as file:
         stored = read_into(file.fileno(), np.empty(slot.shape, STORED[slot.dtype]), slot.offset)
     return widen(stored, slot.dtype)
+
+
+_factor = lru_cache(maxsize=2)(read_floats)
+
+
+def factors(delta: Delta, a: Slot, b: Slot, expert: int) -> tuple[Array, Array]:
+    """Return (left, right) with left @ right = the delta of one expert's whole matrix.
+
+    lora_A is (experts * rank, in), expert by expert; lora_B is (out, rank * experts), rank by
+    rank (PEFT's ParamWrapper.get_delta_weight).
+    """
+    lora_a = _factor(a).reshape(delta.experts, delta.rank, -1)[expert]
+    lora_b = _factor(b).reshape(b.shape[0], delta.rank, delta.experts)[:, :, expert]
+    scaled = lora_b * np.float32(delta.scaling)
+    left, right = (lora_a.T, scaled.T) if delta.flipped else (scaled, lora_a)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right)

@@ -171,7 +171,7 @@ def _refuse_lossy(draft: Draft, base: Path) -> None:
     adapted = [t for t in experts if t.name in draft.deltas]
     if adapted:
         from job.merge import mxfp4
-        from job.merge.worker import factors
+        from job.merge.numbers import factors
 
         tensor, slots = adapted[0], draft.adapter.slots
         delta = draft.deltas[tensor.name]

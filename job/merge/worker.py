@@ -9,41 +9,24 @@ import pickle
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from functools import lru_cache
 
 import numpy as np
 
 from job.merge import mxfp4
-from job.merge.checkpoint import ITEM_BYTES, MXFP4, Slot, as_matrices
+from job.merge.checkpoint import ITEM_BYTES, MXFP4, as_matrices
 from job.merge.numbers import (
     STORED,
     Array,
     aligned,
+    factors,
     narrow,
     opened,
-    read_floats,
     read_into,
     widen,
     write_from,
 )
-from job.merge.place import Delta
 from job.merge.proof import Proof, ProofError
 from job.merge.task import BLOCK_ELEMENTS, Task
-
-_factor = lru_cache(maxsize=2)(read_floats)
-
-
-def factors(delta: Delta, a: Slot, b: Slot, expert: int) -> tuple[Array, Array]:
-    """Return (left, right) with left @ right = the delta of one expert's whole matrix.
-
-    lora_A is (experts * rank, in), expert by expert; lora_B is (out, rank * experts), rank by
-    rank (PEFT's ParamWrapper.get_delta_weight).
-    """
-    lora_a = _factor(a).reshape(delta.experts, delta.rank, -1)[expert]
-    lora_b = _factor(b).reshape(b.shape[0], delta.rank, delta.experts)[:, :, expert]
-    scaled = lora_b * np.float32(delta.scaling)
-    left, right = (lora_a.T, scaled.T) if delta.flipped else (scaled, lora_a)
-    return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
 
 class Merger:

@@ -27,7 +27,6 @@ from job.files import (
     write_bytes,
     write_json,
 )
-from job.train.ranks import num_processes
 
 log = structlog.get_logger()
 
@@ -77,6 +76,8 @@ def save_checkpoint(folder: Path, *, trainer: Any, state: CheckpointState, histo
 
 def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, str]:
     """Return what an adapter depends on, part by part, so that a difference has a name."""
+    from job.train.devices import num_processes
+
     tokenizer = dataset.folder / "tokenizer"
     train_section = job.train.model_dump(mode="json", exclude=set(TIMING | COUNTED))
     return {

@@ -11,6 +11,7 @@ import torch
 
 from job.errors import ExitCode, JobError
 from job.train.attention import choose
+from job.train.devices import require_device
 
 log = structlog.get_logger()
 
@@ -18,23 +19,6 @@ log = structlog.get_logger()
 KNOWN = frozenset({"gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-
-def require_device(device: str) -> None:
-    """Refuse a GPU that is not there, before anything is downloaded for it.
-
-    Raises:
-        JobError: 69 if the job says ``cuda`` and torch sees none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = f"CUDA {built}" if built else "no CUDA"
-        raise JobError(
-            ExitCode.HARDWARE,
-            "device: cuda",
-            f"torch {torch.__version__} (built with {why}) sees no GPU here",
-            "start it on a node with a GPU, or set device: cpu",
-        )
 
 
 def pick_dtype(wanted: str, config: Any, device: str) -> torch.dtype:

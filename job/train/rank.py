@@ -138,8 +138,8 @@ def _train(task: Task, rank: int, folder: Path) -> dict[str, Any] | None:
     import torch.distributed as dist
 
     from job.context import Context
+    from job.train.fit import fit
     from job.train.peers import Group
-    from job.train.stage import train_here
 
     _join(task.job)
     silent = Progress()
@@ -152,7 +152,7 @@ def _train(task: Task, rank: int, folder: Path) -> dict[str, Any] | None:
         progress=RankProgress(task.line) if rank == 0 else silent,
     )
     restored = task.folder / "restored"
-    adapter = train_here(
+    adapter = fit(
         context, task.model, task.dataset, folder, task.parts, restored, task.resumed, Group()
     )
     dist.destroy_process_group()

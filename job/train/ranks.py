@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from job.artifacts import Adapter, Dataset, Source
-from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.train.rank import BUG, Line, Task, error_of, rank_main, record_of
 
@@ -34,28 +33,6 @@ log = structlog.get_logger()
 LOOK_S = 0.1
 LEAVE_S = 5
 """How long ranks whose peer failed may take to leave by themselves."""
-
-
-def num_processes(job: JobConfig) -> int:
-    """Return how many ranks train: as the job file says, else one for each GPU.
-
-    Raises:
-        JobError: 69 for more than there are GPUs.
-    """
-    wanted = job.train.num_processes
-    if job.device == "cpu":
-        return wanted or 1
-    import torch
-
-    seen = torch.cuda.device_count()
-    if wanted is not None and wanted > seen:
-        raise JobError(
-            ExitCode.HARDWARE,
-            f"train.num_processes: {wanted}",
-            f"only {seen} GPU(s) are here",
-            "ask for as many GPUs, or leave it out",
-        )
-    return wanted or max(seen, 1)
 
 
 def train_in_ranks(

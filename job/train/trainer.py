@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.artifacts import Dataset
-from job.config import JobConfig, TrainSection
+from job.config import JobConfig
+from job.estimate import planned_steps
 from job.train.checkpoints import CheckpointState, load_optimizer, load_weights
 from job.train.collator import Collator, Order, build_masks, with_blank
 from job.train.loss import balance_loss, summed_loss
@@ -100,15 +100,6 @@ class LoraTrainer(SFTTrainer):
         """Do nothing: each step seeds the generators itself."""
 
 
-def planned_steps(num_rows: int, section: TrainSection, num_processes: int = 1) -> int:
-    """Return the optimiser steps that the job file asks for, on ``num_rows`` rows."""
-    if section.max_steps is not None:
-        return section.max_steps
-    batches = math.ceil(num_rows / section.batch_size)
-    at_once = section.gradient_accumulation * num_processes
-    return math.ceil(section.epochs * math.ceil(batches / at_once))
-
-
 def make_trainer(
     model: Any,
     tokenizer: Any,
@@ -127,7 +118,7 @@ def make_trainer(
         warnings.simplefilter("ignore", FutureWarning)
         trainer = LoraTrainer(
             model=model,
-            args=_arguments(job, planned_steps(len(rows), section, peers.size), model, folder),
+            args=_arguments(job, planned_steps(section, len(rows), peers.size), model, folder),
             train_dataset=(rows if peers.size == 1 else with_blank(rows)).with_format("numpy"),
             data_collator=Collator(dataset.pad_token_id, packed=packed),
             processing_class=tokenizer,

@@ -440,7 +440,7 @@ def _say(name: str, figures: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one part here, or every part in a process of its own."""
     from job.errors import JobError
-    from job.train.model import require_device
+    from job.train.devices import require_device
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=list(PARTS), default=os.environ.get("ONLY") or None)

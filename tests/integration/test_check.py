@@ -127,21 +127,6 @@ def test_missing_sources(tmp_path: Path, base: Path) -> None:
     assert report["code"] == ExitCode.NOT_FOUND
 
 
-def test_the_steps_are_the_trainers(tmp_path: Path, base: Path) -> None:
-    """The steps that check counts are those that training plans."""
-    from job.train import trainer
-
-    for train in (
-        {"epochs": 1.5},
-        {"max_steps": 7},
-        {"batch_size": 3, "gradient_accumulation": 2, "num_processes": 4},
-    ):
-        job = job_file(tmp_path, base, train=train)
-        for rows in (1, 16, 17, 1000):
-            planned = trainer.planned_steps(rows, job.train, job.train.num_processes or 1)
-            assert estimate.planned_steps(job, rows) == planned
-
-
 def test_sharded_ranks_hold_a_share_each(tmp_path: Path, base: Path) -> None:
     """FSDP2 on eight GPUs: embeddings and head, an eighth of the layers, and two of them whole."""
     source = Source(folder=base, uri="file:x", files={})

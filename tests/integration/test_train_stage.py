@@ -354,7 +354,7 @@ def test_lora_a_is_checked_after_the_first_update(bed, monkeypatch):
 
 def test_a_leak_found_by_the_preflight_trains_unpacked(bed, monkeypatch):
     """One logged reason, one example a row, the same examples."""
-    monkeypatch.setattr("job.train.preflight.packing_fault", lambda *_: "it leaks")
+    monkeypatch.setattr("job.train.fit.packing_fault", lambda *_: "it leaks")
     with capture_logs() as logs:
         adapter = bed.train()
     assert [e["reason"] for e in logs if e["event"] == "packing_refused"] == ["it leaks"]
@@ -449,7 +449,7 @@ def test_trackers_get_every_step_and_an_end(bed, monkeypatch):
         def end(self):
             seen.append("ended")
 
-    monkeypatch.setattr("job.track.make_trackers", lambda *_: [Tracker()])
+    monkeypatch.setattr("job.train.fit.make_trackers", lambda *_: [Tracker()])
     bed.train(train=SLOWLY, track={"tensorboard": {}})
     assert [entry[0] for entry in seen[:-1]] == [1, 2, 3, 4]
     assert seen[-1] == "ended"
@@ -465,12 +465,12 @@ def test_every_scheduler_of_the_job_file_runs(bed, scheduler):
 
 def test_what_cannot_be_is_told_before_the_weights_are_read(bed, monkeypatch):
     """Names and a router that the model lacks, from its config alone."""
-    monkeypatch.setattr("job.train.stage._load", lambda *_: pytest.fail("the weights were read"))
-    for sections in (
-        {"lora": {"dropout": 0, "target_parameters": EXPERTS}},
-        {"train": {"router_aux_loss_coef": 0.1}},
+    monkeypatch.setattr("job.train.fit._load", lambda *_: pytest.fail("the weights were read"))
+    for setting, sections in (
+        ("target_parameters", {"lora": {"dropout": 0, "target_parameters": EXPERTS}}),
+        ("router_aux_loss_coef", {"train": {"router_aux_loss_coef": 0.1}}),
     ):
-        check_refused(ExitCode.CONFIG, "", lambda sections=sections: bed.train(**sections))
+        check_refused(ExitCode.CONFIG, setting, lambda sections=sections: bed.train(**sections))
 
 
 def test_out_of_memory_before_the_first_step_is_told_too(bed, monkeypatch):
@@ -479,7 +479,7 @@ def test_out_of_memory_before_the_first_step_is_told_too(bed, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    monkeypatch.setattr("job.train.preflight.packing_fault", fail)
+    monkeypatch.setattr("job.train.fit.packing_fault", fail)
     check_refused(ExitCode.OUT_OF_RESOURCES, "base .* GB", bed.train)
 
 

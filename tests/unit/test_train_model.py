@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from job.errors import ExitCode, JobError
-from job.train.model import active_parameters, load_base, load_tokenizer, require_device
+from job.train.devices import require_device
+from job.train.model import active_parameters, load_base, load_tokenizer
 
 
 def refused(code, *parts):

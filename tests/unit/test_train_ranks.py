@@ -9,9 +9,10 @@ import torch
 import trainbed
 
 from job.errors import ExitCode, JobError
+from job.estimate import planned_steps
 from job.train import ranks
 from job.train.collator import Collator, Order, with_blank
-from job.train.trainer import planned_steps
+from job.train.devices import num_processes
 
 
 def steps_of(orders, batch_size, accumulation):
@@ -37,7 +38,7 @@ def test_ranks_share_the_rows_of_one_processs_steps(num_rows):
     three = steps_of([Order(lengths, 2, 4, rank=r, size=3) for r in range(3)], 2, 2)
     assert three == one
     section = trainbed.make_job("m", "s").train.model_copy(update={"gradient_accumulation": 2})
-    assert planned_steps(num_rows, section, 3) == len(one)
+    assert planned_steps(section, num_rows, 3) == len(one)
 
 
 def test_a_blank_row_is_padding_alone():
@@ -56,13 +57,13 @@ def test_a_blank_row_is_padding_alone():
 def test_as_many_ranks_as_asked_or_as_there_are_gpus(monkeypatch):
     """More than there are is told before anything is loaded."""
     job = trainbed.make_job("m", "s")
-    assert ranks.num_processes(job) == 1
+    assert num_processes(job) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     on_cuda = job.model_copy(update={"device": "cuda"})
-    assert ranks.num_processes(on_cuda) == 8
+    assert num_processes(on_cuda) == 8
     wanting = on_cuda.train.model_copy(update={"num_processes": 9})
     with pytest.raises(JobError, match="only 8 GPU") as caught:
-        ranks.num_processes(on_cuda.model_copy(update={"train": wanting}))
+        num_processes(on_cuda.model_copy(update={"train": wanting}))
     assert caught.value.code == ExitCode.HARDWARE
 
 

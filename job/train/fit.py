@@ -1,0 +1,209 @@
+"""One process's training: the base, the adapter on it, the trainer, and what came of it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import structlog
+import torch
+
+from job.artifacts import Adapter, Dataset, Source
+from job.config import JobConfig
+from job.context import Context
+from job.estimate import measure
+from job.files import write_json
+from job.track import make_trackers
+from job.train.callbacks import Life
+from job.train.checkpoints import CheckpointState, load_weights, trainable
+from job.train.collator import unpack
+from job.train.devices import require_device
+from job.train.experts import use_grouped_lora
+from job.train.lora import add_lora, delta_norms, require_learned, save_adapter
+from job.train.memory import memory_explained
+from job.train.meters import Meters, read_history
+from job.train.model import active_parameters, load_base, load_tokenizer
+from job.train.norm import use_fused_norms
+from job.train.peers import Peers
+from job.train.preflight import packing_fault, pick_documents
+from job.train.sharding import shard_base
+from job.train.trainer import LoraTrainer, make_trainer
+
+log = structlog.get_logger()
+
+
+def fit(
+    context: Context,
+    model: Source,
+    dataset: Dataset,
+    folder: Path,
+    parts: dict[str, str],
+    restored: Path,
+    resumed: CheckpointState | None,
+    peers: Peers,
+) -> Adapter:
+    """Train in this process, alone or as one of several; ``folder`` is for this one's files."""
+    # Names and combinations that can't be are told before the GPU is touched.
+    measure(context.job, model)
+    base = _load(context, model, peers)
+    context.progress.end("load")
+    with memory_explained(base, context.job):
+        trainer, life = _prepare(
+            context, base, model, dataset, folder, parts, restored, resumed, peers
+        )
+    peers.check(context.stop)
+    try:
+        with memory_explained(base, context.job):
+            _run(trainer, restored, resumed)
+        adapter = _finish(trainer, life, folder, resumed)
+    finally:
+        for tracker in life.trackers:
+            tracker.end()
+    return adapter
+
+
+def _prepare(
+    context: Context,
+    base: Any,
+    source: Source,
+    dataset: Dataset,
+    folder: Path,
+    parts: dict[str, str],
+    restored: Path,
+    resumed: CheckpointState | None,
+    peers: Peers,
+) -> tuple[LoraTrainer, Life]:
+    job = context.job
+    model = add_lora(base, job.lora, seed=job.seed, source=source)
+    if job.lora.expert_forward == "grouped":
+        use_grouped_lora(model)
+    use_fused_norms(model)
+    if job.train.sharding == "fsdp2":
+        shard_base(model, peers, job.device)
+    rows = datasets.Dataset.from_file(str(dataset.folder / "train.arrow"))
+    rows, packed = _pack_or_not(model, rows, dataset, job, peers)
+    context.progress.update()
+    tokenizer = load_tokenizer(dataset.folder / "tokenizer")
+    trainer = make_trainer(
+        model, tokenizer, rows, dataset, job, folder / "trainer", packed=packed, peers=peers
+    )
+    history = folder / "history.jsonl"
+    history.unlink(missing_ok=True)
+    if resumed is not None:
+        shutil.copyfile(restored / "history.jsonl", history)
+    trainer.resumed = resumed
+    trainer.meters = Meters(
+        history=history,
+        num_steps=trainer.args.max_steps,
+        active=active_parameters(model),
+        device=job.device,
+        num_tokens=resumed.num_tokens if resumed else 0,
+        peers=peers,
+    )
+    tracked = (job, context.attempt.run_id, folder)
+    trackers = make_trackers(*tracked) if peers.rank == 0 else []
+    life = Life(context, trainer, folder, parts, trackers)
+    life.spent_s = resumed.duration_s if resumed else 0.0
+    trainer.add_callback(life)
+    context.progress.end("adapt")
+    return trainer, life
+
+
+def _load(context: Context, source: Source, peers: Peers) -> Any:
+    job = context.job
+    require_device(job.device)
+    if job.train.expandable_segments and job.device == "cuda":
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # noqa: SLF001
+    base, attention = load_base(
+        source.folder,
+        dtype=job.model.dtype,
+        device=job.device,
+        attention=job.model.attention,
+        training=True,
+        on_host=job.train.sharding != "none",
+    )
+    context.progress.update()
+    peers.check(context.stop)
+    text_config = base.config.get_text_config()
+    routed = {
+        "experts": getattr(base.config, "_experts_implementation", None),
+        "router_aux_loss_coef": job.train.router_aux_loss_coef,
+    }
+    log.info(
+        "base_loaded",
+        architecture=text_config.model_type,
+        attention=attention,
+        dtype=str(base.dtype).removeprefix("torch."),
+        **(routed if hasattr(text_config, "num_experts_per_tok") else {}),
+    )
+    return base
+
+
+def _pack_or_not(
+    model: Any, rows: Any, dataset: Dataset, job: JobConfig, peers: Peers
+) -> tuple[Any, bool]:
+    """Return the rows as they are if packing is right for this model, else unpacked."""
+    if not job.data.packing:
+        return rows, False
+    fault = packing_fault(model, pick_documents(rows), dataset.pad_token_id)
+    if not peers.any(fault is not None)[0]:
+        log.info("packing_checked", rows=len(rows), examples=dataset.num_examples)
+        return rows, True
+    log.warning(
+        "packing_refused",
+        reason=fault or "another rank's check",
+        instead="one example a row, padded",
+    )
+    return unpack(rows), False
+
+
+def _run(trainer: LoraTrainer, restored: Path, resumed: CheckpointState | None) -> None:
+    """Train the steps that are left; an ended training only gets its weights back."""
+    if resumed is not None and (resumed.ended or resumed.step >= trainer.args.max_steps):
+        load_weights(restored, trainer.model)
+        trainer.state.global_step = resumed.step
+        return
+    # What is here stays to the end: the garbage collector need not walk it at every step.
+    gc.collect()
+    gc.freeze()
+    try:
+        trainer.train(resume_from_checkpoint=str(restored) if resumed is not None else None)
+    finally:
+        gc.unfreeze()
+
+
+def _finish(
+    trainer: LoraTrainer, life: Life, folder: Path, resumed: CheckpointState | None
+) -> Adapter:
+    trainer.peers.require_same(trainable(trainer.model))
+    norms = delta_norms(trainer.model)
+    require_learned(norms)
+    write_json(folder / "delta_norms.json", norms)
+    sha256 = save_adapter(trainer.model, folder)
+    ran = resumed is None or trainer.state.global_step > resumed.step
+    duration_s = life.duration_s() if ran else life.spent_s
+    last = [line["loss"] for line in read_history(trainer.meters.history)[-10:]]
+    num_tokens = trainer.meters.num_tokens
+    adapter = Adapter(
+        folder=folder,
+        sha256=sha256,
+        steps=trainer.state.global_step,
+        planned_steps=trainer.args.max_steps,
+        num_tokens=num_tokens,
+        final_loss=sum(last) / len(last),
+        tokens_per_s=num_tokens / max(duration_s, 1e-9),
+        duration_s=duration_s,
+    )
+    log.info(
+        "trained",
+        steps=adapter.steps,
+        planned_steps=adapter.planned_steps,
+        loss=round(adapter.final_loss, 4),
+        tokens_per_s=round(adapter.tokens_per_s, 1),
+        num_tokens=num_tokens,
+        duration_s=round(duration_s, 1),
+    )
+    return adapter
