@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -22,6 +23,7 @@ log = structlog.get_logger()
 Write = Callable[[bytes], None]
 
 POLL_S = 20
+EPOCH = re.compile(rb'"epoch": ?(\d+)')
 
 
 class Position:
@@ -158,7 +160,7 @@ def in_order(pods: list[Object]) -> list[Object]:
 
 
 def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> None:
-    """Write what there is of a run's log: its pods', or the store's copy where they can't be asked.
+    """Write a run's log: the store's copy of attempts whose pods are gone, then what pods say.
 
     Raises:
         JobError: 66 if there is no such run, or no log of it.
@@ -173,19 +175,22 @@ def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> Non
     except (CutError, NotFoundError):
         # Its node is silent, or the pod has just gone: the store has a copy.
         lines = []
-    for line in lines or _stored_lines(cluster, job, name, store):
-        write(line)
-
-
-def _stored_lines(
-    cluster: Cluster, job: Object | None, name: str, store: str | None
-) -> list[bytes]:
     annotations = (job or {}).get("metadata", {}).get("annotations") or {}
     uri = annotations.get(STORE) or store
     if job is None and uri is None:
         raise missing(cluster, name)
-    lines = read_logs(uri, name, single_writer=SINGLE_WRITER in annotations) if uri else []
-    if not lines:
+    first = next(filter(None, map(EPOCH.search, lines)), None)
+    # Pods that don't say which attempt they are have only just begun.
+    before = int(first[1]) if first else 0 if lines else None
+    try:
+        stored = read_logs(uri, name, SINGLE_WRITER in annotations, before) if uri else []
+    except (JobError, ModuleNotFoundError) as error:
+        if not lines:
+            raise
+        log.warning("earlier_attempts_not_read", reason=str(error))
+        stored = []
+    if not lines and not stored:
         do = f"see `lora-job why {name}`"
         raise JobError(ExitCode.NOT_FOUND, name, "no attempt has written a log yet", do)
-    return lines
+    for line in [*stored, *lines]:
+        write(line)

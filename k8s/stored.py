@@ -107,16 +107,16 @@ def measured_save_s(job: JobConfig, run: str) -> float | None:
     return impatient(read)
 
 
-def read_logs(uri: str, run: str, *, single_writer: bool = False) -> list[bytes]:
-    """Return the log lines of all attempts of ``run`` that reached the store, in order."""
+def read_logs(uri: str, run: str, single_writer: bool, before: int | None) -> list[bytes]:
+    """Return the log lines of ``run`` that reached the store, in order: of attempts ``before``."""
     from job.store import open_store
 
     def read(stop: Stop) -> list[bytes]:
         store = open_store(uri, stop=stop, single_writer=single_writer)
         prefix = f"_runs/{run}/attempts/"
         keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".jsonl")]
-        keys.sort(key=lambda key: (int(key.removeprefix(prefix).split("/")[0]), key))
-        bodies = (store.get(key) for key in keys)
+        pieces = sorted((int(key.removeprefix(prefix).split("/")[0]), key) for key in keys)
+        bodies = (store.get(key) for epoch, key in pieces if before is None or epoch < before)
         return [line for body in bodies if body for line in body.body.splitlines(keepends=True)]
 
     return impatient(read, seconds=120)

@@ -151,6 +151,23 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
     assert f"lora-job logs {RUN} -f -n lora-job" in capfd.readouterr().err
 
 
+def test_the_log_begins_with_attempts_whose_pods_are_gone(
+    cluster: Scripted, tmp_path: Path
+) -> None:
+    """A drained node takes its pods along; what they shipped stands before what is left."""
+    job = _job()
+    job["metadata"]["annotations"] = {"lora-job/store": str(tmp_path)}
+    cluster.moments = [{"job": job, "pods": [_pod("second", 0, 75)]}]
+    cluster.logs["second"] = [b"3 here\n", b'4 {"epoch": 2}\n']
+    for epoch in (1, 2):
+        kept = tmp_path / "_runs" / RUN / f"attempts/{epoch}/log-000.jsonl"
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(b"attempt %d\n" % epoch)
+    written: list[bytes] = []
+    show(cluster, RUN, written.append, store=None)  # type: ignore[arg-type]
+    assert written == [b"attempt 1\n", b"here\n", b'{"epoch": 2}\n']
+
+
 def test_the_log_of_a_silent_node_comes_from_the_store(
     cluster: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
