@@ -1,4 +1,4 @@
-"""Local data of a job file goes to the store first: a pod cannot see this machine's disk."""
+"""What a job file names of this machine goes to the store first: a pod cannot see its disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from job.store.base import Store
 
 
 def is_local(source: object) -> bool:
-    """Return whether a source is a file or folder of this machine."""
-    return isinstance(source, str) and not re.match(r"^([a-z0-9]+://|package:)", source)
+    """Return whether a source is of this machine: a file, a folder, or in a package of its Python."""
+    return isinstance(source, str) and not re.match(r"^[a-z0-9]+://", source)
 
 
 def local_inputs(job: JobConfig) -> dict[str, str]:
@@ -40,7 +40,7 @@ def upload(job: JobConfig, *, stop: Stop, say: Callable[[str], None]) -> JobConf
     from job.store import open_store
 
     store = open_store(job.store, stop=stop, single_writer=job.single_writer)
-    uris = {key: _upload(store, key, Path(path), stop, say) for key, path in local.items()}
+    uris = {key: _upload(store, key, _path(path), stop, say) for key, path in local.items()}
     root = job.store.rstrip("/")
     changes: dict[str, dict[str, str]] = {"model": {}, "data": {}}
     for key, place in uris.items():
@@ -49,6 +49,12 @@ def upload(job: JobConfig, *, stop: Stop, say: Callable[[str], None]) -> JobConf
     model = job.model.model_copy(update=changes["model"])
     data = job.data.model_copy(update=changes["data"])
     return job.model_copy(update={"model": model, "data": data})
+
+
+def _path(source: str) -> Path:
+    from job.pull.package import locate
+
+    return locate(source) if source.startswith("package:") else Path(source)
 
 
 def _upload(store: Store, key: str, path: Path, stop: Stop, say: Callable[[str], None]) -> str:

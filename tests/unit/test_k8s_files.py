@@ -229,6 +229,28 @@ def test_local_data_goes_to_the_store_under_its_content(
     assert "_inputs" in job_file(sent)
 
 
+def test_a_model_in_a_package_goes_to_the_store_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image has none of this machine's packages."""
+    from job.stop import Stop
+    from job.store.folder import FolderStore
+
+    (tmp_path / "remote").mkdir()
+    remote = FolderStore(tmp_path / "remote", stop=Stop())
+    monkeypatch.setattr("job.store.open_store", lambda *_, **__: remote)
+    (tmp_path / "carrier").mkdir()
+    (tmp_path / "carrier/small.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = JOB.replace("hf://Qwen/Qwen3-0.6B", "package:carrier/small.gguf")
+    sent = upload(parse(text, JobConfig, where="job"), stop=Stop(), say=lambda _: None)
+    assert sent.model.source.startswith("s3://models/adapters/_inputs/")
+    assert sent.model.source.endswith("/small.gguf")
+    gone = parse(text.replace("carrier", "nobody_has_it"), JobConfig, where="job")
+    with pytest.raises(JobError, match="no package nobody_has_it"):
+        upload(gone, stop=Stop(), say=lambda _: None)
+
+
 def test_local_data_that_is_not_there_is_66(tmp_path: Path) -> None:
     """Named with its field."""
     from job.stop import Stop
