@@ -22,7 +22,7 @@ SELECTOR = f"app.kubernetes.io/name={APP}"
 MANAGED_BY = "app.kubernetes.io/managed-by"
 STORE, JOB_NAME, PRICE = "lora-job/store", "lora-job/name", "lora-job/price-per-gpu-hour"
 CONFIG, OWNED = "lora-job/config", "lora-job/owned"
-SINGLE_WRITER = "lora-job/single-writer"
+SINGLE_WRITER, MADE_FROM = "lora-job/single-writer", "lora-job/made-from"
 SCHEDULE = "lora-job/schedule"
 QUEUE, QUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 
@@ -66,7 +66,15 @@ def job_file(job: JobConfig) -> str:
 def objects(job: JobConfig, cluster: ClusterConfig, *, run: str) -> tuple[Object, Object]:
     """Return the ConfigMap and the Job of a run."""
     config, manifest = _built(job, cluster, run)
-    return config, _named(manifest, run, cluster)
+    note = {"metadata": {"annotations": {MADE_FROM: _made_from(manifest)}}}
+    return config, _named(merge(manifest, note), run, cluster)
+
+
+def _made_from(job: Object) -> str:
+    """Return a digest of what a Job asks for: its spec, and its labels (they name the queue)."""
+    # A grace period may be measured anew for each submission: it makes no other Job.
+    fleeting = {"template": {"spec": {"terminationGracePeriodSeconds": None}}}
+    return fingerprint([job["metadata"]["labels"], merge(job["spec"], fleeting)])
 
 
 def cron_objects(

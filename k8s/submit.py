@@ -12,28 +12,32 @@ from job.stop import Stop
 from k8s.checks import Finding, run_checks
 from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.control import workload_of
 from k8s.refusals import AlreadyExistsError
-from k8s.render import APP, MANAGED_BY, OWNED, Object, objects
+from k8s.render import APP, MADE_FROM, MANAGED_BY, OWNED, QUEUE, Object, objects
 from k8s.runs import condition, seconds
 from k8s.watch import changes
 
 Say = Callable[[str], None]
+
+Outcome = Literal["created", "attached", "resumed", "created again"]
 
 ORPHAN_S = 600.0
 
 
 def submit(
     cluster: Cluster, settings: ClusterConfig, job: JobConfig, run: str, *, stop: Stop, say: Say
-) -> Literal["created", "attached", "created again"]:
+) -> Outcome:
     """Check, then make sure that the run has exactly one Job; return what was done for it.
 
     Raises:
-        JobError: whatever the cluster refuses; 73 for a Job of that name that is not ours.
+        JobError: whatever the cluster refuses; 73 for a Job of that name that is not ours, or
+            that was made from another cluster file.
     """
     config, manifest = objects(job, settings, run=run)
     there = _unless_ending(ours(cluster, "Job", run))
     if there is not None and not condition(there, "Failed"):
-        return "attached"
+        return _attach(cluster, there, manifest)
     refuse_wrong(run_checks(cluster, settings, job, [config, manifest]), say)
     if there is not None:
         say(f"the Job failed before: deleting it, {run} goes on from its checkpoint")
@@ -43,9 +47,40 @@ def submit(
     try:
         created = cluster.create(manifest).body
     except AlreadyExistsError:
-        return "attached"
+        other = ours(cluster, "Job", run)
+        return _attach(cluster, other, manifest) if other else "attached"
     own(cluster, config["metadata"]["name"], created)
     return "created again" if there else "created"
+
+
+def _attach(cluster: Cluster, there: Object, manifest: Object) -> Outcome:
+    """Leave the Job that is there, if it is the one we would make; let it go on if it was ending.
+
+    Raises:
+        JobError: 73 for an unfinished Job that was made from other settings.
+    """
+    if condition(there, "Complete"):
+        return "attached"
+    name, notes = there["metadata"]["name"], there["metadata"].get("annotations") or {}
+    wanted = manifest["metadata"]["annotations"][MADE_FROM]
+    if notes.get(MADE_FROM, wanted) != wanted:
+        what = "it runs with another cluster file"
+        do = f"`lora-job cancel {name} -n {cluster.namespace}` first, or --new for another run"
+        raise JobError(ExitCode.TAKEN, name, what, do)
+    return "resumed" if _resume(cluster, there) else "attached"
+
+
+def _resume(cluster: Cluster, job: Object) -> bool:
+    """Take back a cancel that did not get to its end; return whether there was one."""
+    workload = workload_of(cluster, job)
+    if workload is not None and workload["spec"].get("active") is False:
+        cluster.patch("Workload", workload["metadata"]["name"], {"spec": {"active": True}})
+        return True
+    # A Job of a queue is Kueue's to start.
+    if QUEUE in job["metadata"]["labels"] or not job["spec"].get("suspend"):
+        return False
+    cluster.patch("Job", job["metadata"]["name"], {"spec": {"suspend": False}})
+    return True
 
 
 def refuse_wrong(findings: Iterable[Finding], say: Say) -> None:

@@ -83,6 +83,20 @@ def test_new_makes_another_run_of_the_same_file(me: Person, controllers: Control
     assert len(jobs(controllers, me.namespace)) == 2
 
 
+def test_a_changed_cluster_file_is_told_and_a_cut_off_cancel_is_taken_back(
+    me: Person, controllers: ControlPlane
+) -> None:
+    """The Job that is there is compared as it was made, whatever the server added; it resumes."""
+    run = me.submits()[1].strip()
+    code, _, err = me.submits(platform="aks")
+    assert (code, f"lora-job cancel {run}" in err) == (73, True), err
+    path = f"/apis/batch/v1/namespaces/{me.namespace}/jobs/{run}"
+    controllers.patch(path, {"spec": {"suspend": True}})
+    code, _, err = me.submits()
+    assert (code, "resumed" in err) == (0, True), err
+    assert controllers.get(path)["spec"]["suspend"] is False
+
+
 def test_a_failed_job_is_created_again(me: Person, controllers: ControlPlane) -> None:
     """The failed Job and its pods go first; the new one has a job file of its own."""
     run = me.submits()[1].strip()

@@ -1,0 +1,98 @@
+"""What submit does with a Job that is there already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from job.config import JobConfig, parse
+from job.errors import JobError
+from job.stop import Stop
+from k8s.config import ClusterConfig
+from k8s.render import objects
+from k8s.submit import submit
+
+Object = dict[str, Any]
+
+JOB = parse(
+    'name: n\ndevice: cuda\nstore: s3://b/p\nmodel: {source: "hf://a/b"}\ndata: {source: "hf://a/c"}',
+    JobConfig,
+    where="job.yaml",
+)
+
+
+class Holding:
+    """A cluster that holds one Job, and perhaps its Workload."""
+
+    namespace = "here"
+
+    def __init__(self, job: Object, *workloads: Object) -> None:
+        self.job, self.workloads, self.patched = job, list(workloads), []
+        job["metadata"]["uid"] = "1"
+
+    def get(self, kind: str, name: str) -> Object:
+        return self.job
+
+    def list(self, kind: str, **query: str) -> list[Object]:
+        return self.workloads
+
+    def patch(self, kind: str, name: str, change: Object) -> None:
+        self.patched.append((kind, change))
+
+
+def _settings(**changes: Any) -> ClusterConfig:
+    return ClusterConfig.model_validate({"platform": "gke", "image": "r/lora-job", **changes})
+
+
+def _holding(settings: ClusterConfig, *workloads: Object, suspend: bool = False) -> Holding:
+    _, job = objects(JOB, settings, run="run-1")
+    job["spec"]["suspend"] = suspend
+    return Holding(job, *workloads)
+
+
+def _submits(cluster: Any, settings: ClusterConfig) -> str:
+    return submit(cluster, settings, JOB, "run-1", stop=Stop(), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"platform": "aks"}, {"image": f"r/lora-job@sha256:{'a' * 64}"}, {"queue": "gpus"}],
+)
+def test_a_job_of_another_cluster_file_is_refused(changes: Object) -> None:
+    """73 with both ways out, instead of quietly leaving the old one; the same file attaches."""
+    cluster = _holding(_settings())
+    assert _submits(cluster, _settings()) == "attached"
+    with pytest.raises(JobError, match=r"another cluster file.*lora-job cancel run-1.*--new") as no:
+        _submits(cluster, _settings(**changes))
+    assert no.value.code == 73
+
+
+def test_a_grace_period_measured_anew_or_a_job_that_is_done_attaches() -> None:
+    """Neither is another Job to make; nor is one that says nothing of what it was made from."""
+    cluster = _holding(_settings())
+    assert _submits(cluster, _settings(grace_period_s=900)) == "attached"
+    cluster.job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    assert _submits(cluster, _settings(platform="aks")) == "attached"
+    cluster = _holding(_settings())
+    del cluster.job["metadata"]["annotations"]["lora-job/made-from"]
+    assert _submits(cluster, _settings(platform="aks")) == "attached"
+
+
+def test_a_suspended_run_goes_on() -> None:
+    """A cancel was cut off: submit takes it back."""
+    cluster = _holding(_settings(), suspend=True)
+    assert _submits(cluster, _settings()) == "resumed"
+    assert cluster.patched == [("Job", {"spec": {"suspend": False}})]
+
+
+def test_in_a_queue_its_workload_goes_on() -> None:
+    """Kueue lets the Job go; one that just waits in its queue is left to it."""
+    queued = _settings(queue="gpus")
+    workload = {"metadata": {"name": "w"}, "spec": {"active": False}}
+    cluster = _holding(queued, workload, suspend=True)
+    assert _submits(cluster, queued) == "resumed"
+    assert cluster.patched == [("Workload", {"spec": {"active": True}})]
+    for waiting in ([], [{"metadata": {"name": "w"}, "spec": {"active": True}}]):
+        cluster = _holding(queued, *waiting, suspend=True)
+        assert (_submits(cluster, queued), cluster.patched) == ("attached", [])
