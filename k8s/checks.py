@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.nodes import refusal
 from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import Object
 from k8s.runs import require_namespace
@@ -182,45 +184,23 @@ def _quota(cluster: Cluster, pod: Object) -> Iterator[Finding]:
         yield Finding("quota", "ok", f"{len(quotas)} seen")
 
 
-def tolerates(tolerations: list[Object], taint: Object) -> bool:
-    """Return whether one of the tolerations answers a taint."""
-    for one in tolerations:
-        if one.get("effect") not in (None, "", taint["effect"]):
-            continue
-        if one.get("operator") == "Exists" and one.get("key") in (None, "", taint["key"]):
-            return True
-        same = one.get("key") == taint["key"] and one.get("value", "") == taint.get("value", "")
-        if same and one.get("operator", "Equal") == "Equal":
-            return True
-    return False
-
-
 def _nodes(cluster: Cluster, pod: Object) -> Iterator[Finding]:
     selector = pod.get("nodeSelector") or {}
     label = ",".join(f"{key}={value}" for key, value in selector.items())
     nodes = cluster.list("Node", **({"labelSelector": label} if label else {}))
-    if not nodes:
-        do = "fine if the pool grows from nothing; else see the labels of your nodes"
-        yield Finding("node pool", "warning", f"no node has {label} now", do)
+    refusals = [refusal(pod, node) for node in nodes]
+    takers = [node for node, refused in zip(nodes, refusals, strict=True) if refused is None]
+    if takers:
+        yield _largest(pod, takers)
         return
-    tainted = [node for node in nodes if _refusing(pod, node)]
-    if len(tainted) == len(nodes):
-        taint = _refusing(pod, nodes[0])
-        assert taint is not None
-        what = f"all {len(nodes)} nodes are tainted {taint['key']}={taint.get('value', '')}"
-        yield Finding("node pool", "wrong", what, "use the platform of this cluster, or untaint")
+    told = ", ".join(f"{count} {why}" for why, count in Counter(refusals).items())
+    if nodes and all(why and why.startswith("tainted") for why in refusals):
+        do = "use the platform of this cluster, or untaint"
+        yield Finding("node pool", "wrong", f"no node takes it: {told}", do)
         return
-    yield _largest(pod, [node for node in nodes if node not in tainted])
-
-
-def _refusing(pod: Object, node: Object) -> Object | None:
-    for taint in node["spec"].get("taints") or []:
-        passing = taint["effect"] == "PreferNoSchedule" or taint["key"].startswith(
-            "node.kubernetes.io"
-        )
-        if not passing and not tolerates(pod.get("tolerations") or [], taint):
-            return taint
-    return None
+    what = f"no node takes it now: {told}" if nodes else f"no node has {label} now"
+    do = "fine if the pool grows from nothing; else see the labels of your nodes"
+    yield Finding("node pool", "warning", what, do)
 
 
 def _largest(pod: Object, nodes: list[Object]) -> Finding:

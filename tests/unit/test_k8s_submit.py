@@ -28,16 +28,20 @@ class Holding:
     namespace = "here"
 
     def __init__(self, job: Object, *workloads: Object) -> None:
-        self.job, self.workloads, self.patched = job, list(workloads), []
+        self.job, self.workloads = job, list(workloads)
+        self.patched: list[tuple[str, Object]] = []
         job["metadata"]["uid"] = "1"
 
-    def get(self, kind: str, name: str) -> Object:
+    def get(self, _kind: str, _name: str) -> Object:
+        """Return the Job."""
         return self.job
 
-    def list(self, kind: str, **query: str) -> list[Object]:
+    def list(self, _kind: str, **_query: str) -> list[Object]:
+        """Return the Workloads."""
         return self.workloads
 
-    def patch(self, kind: str, name: str, change: Object) -> None:
+    def patch(self, kind: str, _name: str, change: Object) -> None:
+        """Remember what was changed."""
         self.patched.append((kind, change))
 
 

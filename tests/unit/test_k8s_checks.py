@@ -1,0 +1,93 @@
+"""What doctor and submit say of a cluster, held against what a server would answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from job.config import JobConfig, parse
+from k8s.checks import Finding, run_checks
+from k8s.config import ClusterConfig
+from k8s.render import objects
+
+Object = dict[str, Any]
+
+DIGEST = f"r/lora-job@sha256:{'a' * 64}"
+JOB = 'name: n\nstore: s3://b/p\nmodel: {source: "hf://a/b"}\ndata: {source: "hf://a/c"}\n'
+LABELS = {
+    "gpu-operator": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+    "gke": {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
+}
+
+
+class Answering:
+    """A cluster that answers from a table; what it holds is a thing, a list, or an error."""
+
+    namespace, host = "here", "https://k8s"
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {"Namespace": {"metadata": {}}, "ResourceQuota": [], "Node": [], **answers}
+
+    def _answer(self, kind: str) -> Any:
+        answer = self.answers.get(kind)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def get(self, kind: str, _name: str) -> Any:
+        """Return the one thing of this kind."""
+        return self._answer(kind)
+
+    def list(self, kind: str, **_query: str) -> Any:
+        """Return all of this kind."""
+        return self._answer(kind)
+
+    def create(self, item: Object, *, dry_run: bool) -> Any:
+        """Accept everything."""
+        assert item, dry_run
+        return type("Reply", (), {"warnings": []})
+
+
+def _found(cluster: Any, platform: str = "gpu-operator", **changes: Any) -> dict[str, Finding]:
+    job = parse(f"device: cuda\n{JOB}", JobConfig, where="job.yaml")
+    raw = {"platform": platform, "image": DIGEST, **changes}
+    settings = ClusterConfig.model_validate(raw)
+    items = list(objects(job, settings, run="run-1"))
+    return {one.check: one for one in run_checks(cluster, settings, job, items)}
+
+
+def _node(platform: str, *, more: Object | None = None, **spec: Any) -> Object:
+    share = {"cpu": "96", "memory": "2Ti", "ephemeral-storage": "2Ti", "nvidia.com/gpu": "8"}
+    labels = LABELS[platform] | (more or {})
+    return {"metadata": {"labels": labels}, "spec": spec, "status": {"allocatable": share}}
+
+
+@pytest.mark.parametrize(
+    ("platform", "label", "said"),
+    [
+        ("gpu-operator", {"capacity": "spot"}, "capacity NotIn spot"),
+        ("gke", {"cloud.google.com/gke-spot": "true"}, "gke-spot DoesNotExist"),
+    ],
+)
+def test_spot_nodes_are_no_pool_of_an_on_demand_job(
+    platform: str, label: Object, said: str
+) -> None:
+    """The required affinity of the manifests rules them out; on-demand ones beside them count."""
+    spot, other = _node(platform, more=label), _node(platform)
+    pool = _found(Answering(Node=[spot]), platform)["node pool"]
+    assert (pool.state, said in pool.what) == ("warning", True), pool
+    pool = _found(Answering(Node=[spot, other]), platform)["node pool"]
+    assert (pool.state, pool.what) == ("ok", "1 of 1 matching nodes can hold it")
+
+
+def test_cordoned_and_tainted_nodes_take_nothing() -> None:
+    """A pool that is cordoned may come back; taints that are not tolerated stay."""
+    cordoned = _node("gpu-operator", unschedulable=True)
+    pool = _found(Answering(Node=[cordoned]))["node pool"]
+    assert (pool.state, pool.what) == ("warning", "no node takes it now: 1 cordoned")
+    taint = {"key": "team", "value": "blue", "effect": "NoSchedule"}
+    pool = _found(Answering(Node=[_node("gpu-operator", taints=[taint])]))["node pool"]
+    assert (pool.state, "1 tainted team=blue" in pool.what) == ("wrong", True)
+    gpu = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}
+    assert _found(Answering(Node=[_node("gpu-operator", taints=[gpu])]))["node pool"].state == "ok"
