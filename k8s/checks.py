@@ -54,6 +54,7 @@ def run_checks(
         ("namespace", lambda: _namespace(cluster, settings)),
         ("image", lambda: _image(settings)),
         ("store", lambda: _store(job, settings)),
+        ("gpus", lambda: _gpus(job, settings)),
         ("secrets", lambda: _secrets(cluster, settings)),
         *((kind, partial(_exists, cluster, kind, name)) for kind, name in _named(settings)),
         ("quota", lambda: _quota(cluster, pod)),
@@ -106,6 +107,14 @@ def _store(job: JobConfig, settings: ClusterConfig) -> Iterator[Finding]:
     else:
         do = "use s3://bucket/prefix"
         yield Finding("store", "wrong", f"{job.store} is a folder that dies with its pod", do)
+
+
+def _gpus(job: JobConfig, settings: ClusterConfig) -> Iterator[Finding]:
+    what = f"the job file says device: {job.device}, the cluster file gpus: {settings.gpus}"
+    if job.device == "cuda" and settings.gpus == 0:
+        yield Finding("gpus", "wrong", what, "set gpus: 1, or device: cpu")
+    elif job.device == "cpu" and settings.gpus > 0:
+        yield Finding("gpus", "wrong", what, "set gpus: 0, or device: cuda")
 
 
 def _secrets(cluster: Cluster, settings: ClusterConfig) -> Iterator[Finding]:

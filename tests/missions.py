@@ -109,6 +109,7 @@ class Mission:
             "platform": "gpu-operator",
             "image": self.machine.image,
             "namespace": self.namespace,
+            "gpus": 0,
             "cpu": "100m",
             "memory": "3Gi",
             "ephemeral_storage": "1Gi",
@@ -155,6 +156,15 @@ class Mission:
         job, cluster = self.files(name, **changes)
         words = ("submit", job, "--cluster", cluster, "--no-data-checks", *flags)
         return self.types(*words).strip()
+
+    def apply(self, name: str, **changes: Any) -> str:
+        """Create what `render` prints: submit refuses a GPU for a job of this CPU."""
+        job, cluster = self.files(name, **changes)
+        text = self.types("render", job, "--cluster", cluster, "--no-data-checks")
+        config, item = yaml.safe_load_all(text)
+        self.machine.plane.create(f"{CORE.format(self.namespace)}/configmaps", config)
+        self.machine.plane.create(f"{BATCH.format(self.namespace)}/jobs", item)
+        return str(item["metadata"]["name"])
 
     def ask(self, verb: str, run: str, *words: str) -> Object:
         """Return what a verb says about a run, as JSON."""
@@ -251,7 +261,6 @@ class Mission:
         changed = {"LORA_JOB_RUN_ID": pod["metadata"]["labels"][JOB_NAME], "LORA_JOB_OWNER": owner}
         kept = [one for one in container["env"] if one["name"] not in changed]
         container["env"] = kept + [{"name": k, "value": v} for k, v in changed.items()]
-        # The node's one GPU is taken by the pod that this one is to meet.
         container["resources"] = {"requests": {"cpu": "100m"}, "limits": {"memory": "3Gi"}}
         body = {"metadata": {"name": name}, "spec": {**spec, "containers": [container]}}
         self.machine.plane.create(f"{CORE.format(self.namespace)}/pods", body)

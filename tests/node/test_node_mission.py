@@ -266,9 +266,9 @@ def _versions(mission: Mission, name: str) -> list[str]:
 
 def test_a_second_gpu_job_waits_and_cancel_keeps_a_checkpoint(mission: Mission) -> None:
     """`why` names who holds the GPU; after cancel the run goes on from its checkpoint."""
-    first = mission.submit("first", steps=400)
+    first = mission.apply("first", steps=400, gpus=1)
     step = mission.checkpoint_after(first, 0)
-    second = mission.submit("second", steps=10)
+    second = mission.apply("second", steps=10, gpus=1)
     mission.unschedulable(second)
     why = mission.ask("why", second)
     assert why["cause"] == "gpus"

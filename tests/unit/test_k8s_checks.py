@@ -49,8 +49,10 @@ class Answering:
         return type("Reply", (), {"warnings": []})
 
 
-def _found(cluster: Any, platform: str = "gpu-operator", **changes: Any) -> dict[str, Finding]:
-    job = parse(f"device: cuda\n{JOB}", JobConfig, where="job.yaml")
+def _found(
+    cluster: Any, platform: str = "gpu-operator", device: str = "cuda", **changes: Any
+) -> dict[str, Finding]:
+    job = parse(f"device: {device}\n{JOB}", JobConfig, where="job.yaml")
     raw = {"platform": platform, "image": DIGEST, **changes}
     settings = ClusterConfig.model_validate(raw)
     items = list(objects(job, settings, run="run-1"))
@@ -91,3 +93,18 @@ def test_cordoned_and_tainted_nodes_take_nothing() -> None:
     assert (pool.state, "1 tainted team=blue" in pool.what) == ("wrong", True)
     gpu = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}
     assert _found(Answering(Node=[_node("gpu-operator", taints=[gpu])]))["node pool"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "do"),
+    [
+        ("cuda", 0, "set gpus: 1, or device: cpu"),
+        ("cpu", 1, "set gpus: 0, or device: cuda"),
+        ("cpu", 0, None),
+        ("cuda", 2, None),
+    ],
+)
+def test_a_gpu_is_asked_for_if_the_job_uses_it(device: str, gpus: int, do: str | None) -> None:
+    """Neither a pod that finds no GPU, nor an H100 for a job that leaves it idle."""
+    found = _found(Answering(), device=device, gpus=gpus).get("gpus")
+    assert (found and (found.state, found.do)) == (do and ("wrong", do))
