@@ -131,16 +131,18 @@ def _secret(cluster: Cluster, name: str, keys: list[str]) -> Finding:
     try:
         secret = cluster.get("Secret", name)
     except ForbiddenError:
-        do = f"see for yourself: kubectl -n {cluster.namespace} describe secret {name}"
+        do = "ask whoever made it; if one is missing, `lora-job why` names it"
         return Finding(check, "not allowed to look", f"needs keys {', '.join(keys)}", do)
-    literals = " ".join(f"--from-literal={key}=…" for key in keys)
-    create = f"kubectl -n {cluster.namespace} create secret generic {name} {literals}"
     if secret is None:
+        literals = " ".join(f"--from-literal={key}=…" for key in keys)
+        create = f"kubectl -n {cluster.namespace} create secret generic {name} {literals}"
         return Finding(check, "wrong", f"there is no Secret {name}", create)
     lost = [key for key in keys if key not in (secret.get("data") or {})]
     if lost:
         there = ", ".join(sorted(secret.get("data") or {})) or "none"
-        return Finding(check, "wrong", f"has no key {', '.join(lost)} (it has {there})", create)
+        added = ", ".join(f'"{key}": "…"' for key in lost)
+        add = f"kubectl -n {cluster.namespace} patch secret {name} -p '{{\"stringData\": {{{added}}}}}'"
+        return Finding(check, "wrong", f"has no key {', '.join(lost)} (it has {there})", add)
     return Finding(check, "ok", f"has {', '.join(keys)}")
 
 

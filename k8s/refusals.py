@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from job.errors import ExitCode, JobError
@@ -39,7 +40,8 @@ def raise_refusal(
     if status == 401:
         do = "log in again (the kubeconfig's user), then repeat"
         raise JobError(ExitCode.NOT_ALLOWED, where, "the credentials are expired or refused", do)
-    if status == 403 and "quota" in message:
+    # "exceeded quota: …", "failed quota: …"; a Role that lacks resourcequotas says that word too.
+    if status == 403 and re.search(r"\b(exceeded|failed) quota\b", message):
         raise JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
     if status == 403 and deed.endswith(("nodes", "priorityclasses")):
         do = "it goes without; k8s/manifests/setup/look has a ClusterRole for it"

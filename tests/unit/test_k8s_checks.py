@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from job.config import JobConfig, parse
+from job.errors import JobError
 from k8s.checks import Finding, run_checks
 from k8s.config import ClusterConfig
+from k8s.refusals import ForbiddenError, raise_refusal
 from k8s.render import objects
 
 Object = dict[str, Any]
@@ -108,3 +110,36 @@ def test_a_gpu_is_asked_for_if_the_job_uses_it(device: str, gpus: int, do: str |
     """Neither a pod that finds no GPU, nor an H100 for a job that leaves it idle."""
     found = _found(Answering(), device=device, gpus=gpus).get("gpus")
     assert (found and (found.state, found.do)) == (do and ("wrong", do))
+
+
+def _refused(status: int, message: str, deed: str) -> JobError:
+    with pytest.raises(JobError) as caught:
+        raise_refusal(status, "Forbidden", message, deed, "here", "https://k8s")
+    return caught.value
+
+
+def test_a_role_without_resourcequotas_is_no_quota_that_is_full() -> None:
+    """The word quota is in both; only the first is about asking for less."""
+    full = 'pods "a" is forbidden: exceeded quota: gpus, requested: 2, used: 0, limited: 1'
+    assert "ask for less" in str(_refused(403, full, "create jobs"))
+    role = 'resourcequotas is forbidden: User "me" cannot list resource "resourcequotas"'
+    error = _refused(403, role, "list resourcequotas")
+    assert isinstance(error, ForbiddenError)
+    found = _found(Answering(ResourceQuota=error))["quota"]
+    assert (found.state, "list resourcequotas" in found.what) == ("not allowed to look", True)
+
+
+def test_mends_for_a_secret_work_for_who_reads_them() -> None:
+    """No `describe` for those who may not; a missing key is added to the Secret that is there."""
+    secrets = {"AWS_ACCESS_KEY_ID": "s3/access-key", "AWS_SECRET_ACCESS_KEY": "s3/secret-key"}
+
+    def found(answer: Any) -> Finding:
+        return _found(Answering(Secret=answer), secrets=secrets)["secret s3"]
+
+    unseen = found(_refused(403, "no", "get secrets"))
+    assert (unseen.state, "kubectl" in unseen.do) == ("not allowed to look", False)
+    assert "create secret generic s3 --from-literal=access-key=… " in found(None).do
+    lacking = found({"data": {"access-key": "eA=="}})
+    assert (
+        lacking.do == """kubectl -n here patch secret s3 -p '{"stringData": {"secret-key": "…"}}'"""
+    )
