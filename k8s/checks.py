@@ -11,7 +11,7 @@ from typing import Literal
 
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
-from k8s.cluster import Cluster
+from k8s.cluster import CLUSTER_KINDS, Cluster
 from k8s.config import ClusterConfig
 from k8s.nodes import refusal
 from k8s.refusals import ForbiddenError, NotFoundError
@@ -158,11 +158,23 @@ def _named(settings: ClusterConfig) -> Iterator[tuple[str, str]]:
 
 
 def _exists(cluster: Cluster, kind: str, name: str) -> Iterator[Finding]:
-    if cluster.get(kind, name) is None:
-        do = f"create it in namespace {cluster.namespace}, or name one that is there"
-        yield Finding(kind, "wrong", f"there is no {kind} {name}", do)
-    else:
+    if cluster.get(kind, name) is not None:
         yield Finding(kind, "ok", f"{name} is there")
+    elif kind == "LocalQueue" and not _has_kueue(cluster):
+        do = "install Kueue, or leave queue out of the cluster file"
+        yield Finding(kind, "wrong", "Kueue is not installed: its API is not served", do)
+    else:
+        place = "" if kind in CLUSTER_KINDS else f" in namespace {cluster.namespace}"
+        do = f"create it{place}, or name one that is there"
+        yield Finding(kind, "wrong", f"there is no {kind} {name}", do)
+
+
+def _has_kueue(cluster: Cluster) -> bool:
+    try:
+        cluster.list("Workload", limit=1)
+    except NotFoundError:
+        return False
+    return True
 
 
 def demand(pod: Object) -> dict[str, float]:

@@ -10,7 +10,7 @@ from job.config import JobConfig, parse
 from job.errors import JobError
 from k8s.checks import Finding, run_checks
 from k8s.config import ClusterConfig
-from k8s.refusals import ForbiddenError, raise_refusal
+from k8s.refusals import ForbiddenError, NotFoundError, raise_refusal
 from k8s.render import objects
 
 Object = dict[str, Any]
@@ -143,3 +143,14 @@ def test_mends_for_a_secret_work_for_who_reads_them() -> None:
     assert (
         lacking.do == """kubectl -n here patch secret s3 -p '{"stringData": {"secret-key": "…"}}'"""
     )
+
+
+def test_what_the_cluster_file_names_is_created_where_it_belongs() -> None:
+    """A PriorityClass has no namespace; without Kueue there is no queue to create."""
+    gone = _found(Answering(), priority_class="low", service_account="trainer")
+    assert gone["PriorityClass"].do == "create it, or name one that is there"
+    assert "create it in namespace here" in gone["ServiceAccount"].do
+    queue = _found(Answering(Workload=[]), queue="gpus")["LocalQueue"]
+    assert queue.what == "there is no LocalQueue gpus"
+    queue = _found(Answering(Workload=NotFoundError("x")), queue="gpus")["LocalQueue"]
+    assert (queue.state, "Kueue is not installed" in queue.what) == ("wrong", True)
