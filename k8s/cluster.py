@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from pydantic import AliasPath, Field, TypeAdapter
 
-from k8s.refusals import CutError, GoneError, NotFoundError, cut_is_told, raise_refusal
+from k8s.refusals import CutError, GoneError, NotFoundError, cut_is_told, raise_refusal, warnings_in
 from k8s.render import Object, to_yaml
 
 KINDS = {
@@ -214,8 +214,7 @@ class Cluster:
             response = self._open(verb, kind, name, "", body, query or {}, headers, READ_S)
             data = response.data
         self._raise_for(response.status, data, verb, kind, name)
-        warnings = response.headers.getlist("Warning")
-        return Reply(decode(data), [text.split('"')[1] for text in warnings if '"' in text])
+        return Reply(decode(data), warnings_in(response.headers.getlist("Warning")))
 
     def _lines(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from job.errors import ExitCode, JobError
 
@@ -63,6 +63,12 @@ def raise_refusal(
     if status in (429, 500, 502, 503, 504) or (status == 400 and "log" in where):
         raise CutError(where, message)
     raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
+
+
+def warnings_in(headers: Iterable[str]) -> list[str]:
+    """Return the texts of Warning headers: `299 - "a \\"quoted\\" text"` (RFC 7234, 5.5)."""
+    found = [re.search(r'"((?:[^"\\]|\\.)*)"', header) for header in headers]
+    return [re.sub(r"\\(.)", r"\1", text[1]) for text in found if text]
 
 
 @contextlib.contextmanager

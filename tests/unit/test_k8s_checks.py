@@ -10,7 +10,7 @@ from job.config import JobConfig, parse
 from job.errors import JobError
 from k8s.checks import Finding, run_checks
 from k8s.config import ClusterConfig
-from k8s.refusals import ForbiddenError, NotFoundError, raise_refusal
+from k8s.refusals import ForbiddenError, NotFoundError, raise_refusal, warnings_in
 from k8s.render import objects
 
 Object = dict[str, Any]
@@ -154,3 +154,10 @@ def test_what_the_cluster_file_names_is_created_where_it_belongs() -> None:
     assert queue.what == "there is no LocalQueue gpus"
     queue = _found(Answering(Workload=NotFoundError("x")), queue="gpus")["LocalQueue"]
     assert (queue.state, "Kueue is not installed" in queue.what) == ("wrong", True)
+
+
+def test_a_servers_warning_is_read_to_its_end() -> None:
+    """Quotes inside it are escaped."""
+    text = r'299 - "would violate PodSecurity \"restricted:latest\": hostPath (volume \"cache\")"'
+    said = 'would violate PodSecurity "restricted:latest": hostPath (volume "cache")'
+    assert warnings_in([text, '299 - "plain"', "odd"]) == [said, "plain"]
