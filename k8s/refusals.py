@@ -66,7 +66,7 @@ def raise_refusal(
 
 
 def warnings_in(headers: Iterable[str]) -> list[str]:
-    """Return the texts of Warning headers: `299 - "a \\"quoted\\" text"` (RFC 7234, 5.5)."""
+    """Return the texts of Warning headers, with the quotes in them (RFC 7234, 5.5)."""
     found = [re.search(r'"((?:[^"\\]|\\.)*)"', header) for header in headers]
     return [re.sub(r"\\(.)", r"\1", text[1]) for text in found if text]
 

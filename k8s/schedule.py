@@ -28,6 +28,9 @@ MACROS = {
 }
 
 
+DEFAULT_ZONE = "Etc/UTC"
+
+
 def next_times(cron: str, time_zone: str, *, after: datetime, count: int = 3) -> list[datetime]:
     """Return when a line of cron fires next.
 
@@ -123,6 +126,12 @@ def find(cluster: Cluster, name: str) -> Object:
     return item
 
 
+def zone_of(cluster: Cluster, name: str) -> str:
+    """Return the time zone of a schedule that is there, or the default of a new one."""
+    item = cluster.get("CronJob", name)
+    return str(item["spec"].get("timeZone") or DEFAULT_ZONE) if item else DEFAULT_ZONE
+
+
 def suspend(cluster: Cluster, name: str, *, on: bool) -> None:
     """Stop a schedule from firing, or let it fire again."""
     find(cluster, name)
@@ -166,7 +175,7 @@ def describe(item: Object) -> dict[str, Any]:
     """Return a schedule with the times at which it fires next."""
     spec, status = item["spec"], item.get("status", {})
     suspended, zone = bool(spec.get("suspend")), spec.get("timeZone", "")
-    times = next_times(spec["schedule"], zone or "Etc/UTC", after=datetime.now(UTC))
+    times = next_times(spec["schedule"], zone or DEFAULT_ZONE, after=datetime.now(UTC))
     return {
         "name": item["metadata"]["name"],
         "cron": spec["schedule"],

@@ -51,14 +51,15 @@ def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
     from k8s.grace import with_grace
 
     stop, settings = new_stop(), settings_of(arguments)
-    schedule.next_times(arguments.cron, arguments.time_zone, after=datetime.now(UTC))
+    zone = arguments.time_zone or schedule.DEFAULT_ZONE
+    schedule.next_times(arguments.cron, zone, after=datetime.now(UTC))
     cluster = open_cluster(settings)
     schedule.schedule(
         cluster,
         with_grace(job, settings, job.name, say=say),
         inputs.upload(job, stop=stop, say=say),
         cron=arguments.cron,
-        time_zone=arguments.time_zone,
+        time_zone=arguments.time_zone or schedule.zone_of(cluster, job.name),
         start_deadline_s=arguments.start_deadline,
         say=say,
     )

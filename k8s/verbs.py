@@ -82,7 +82,9 @@ def _add_schedule(verbs: Any) -> None:
     parser.add_argument("job", metavar="JOB.yaml|NAME", help="a job file; a name for what is there")
     parser.add_argument("--cluster", type=Path, metavar="CLUSTER.yaml", help=BESIDE)
     parser.add_argument("--cron", metavar="LINE", help='such as "0 2 * * *"')
-    parser.add_argument("--time-zone", metavar="ZONE", default="Etc/UTC", help="Europe/Berlin")
+    parser.add_argument(
+        "--time-zone", metavar="ZONE", help="Europe/Berlin; by itself as it was, or Etc/UTC"
+    )
     parser.add_argument("--start-deadline", type=int, default=3600, metavar="SECONDS")
     deed = parser.add_mutually_exclusive_group()
     for flag, text in (

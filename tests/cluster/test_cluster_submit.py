@@ -336,7 +336,8 @@ def test_schedule_is_created_changed_fired_once_and_deleted(
     (config,) = configs(controllers, me.namespace)
     assert config["metadata"]["name"] != old
     me.write(platform="aks")
-    assert me.types("schedule", job_path, *line)[0] == 0
+    assert me.types("schedule", job_path, *line[:4])[0] == 0
+    assert controllers.get(path)["spec"]["timeZone"] == "Europe/Berlin"
     pod = controllers.get(path)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "Standard_ND96isr_H100_v5"}
 

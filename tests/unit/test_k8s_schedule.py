@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from job.errors import JobError
-from k8s.schedule import next_times
+from k8s.schedule import next_times, zone_of
 
 AFTER = datetime(2026, 3, 28, 12, tzinfo=UTC)
 
@@ -59,3 +61,17 @@ def test_a_time_zone_that_does_not_exist(zone: str) -> None:
     with pytest.raises(JobError, match="tz database") as caught:
         next_times("0 2 * * *", zone, after=AFTER)
     assert caught.value.code == 78
+
+
+@pytest.mark.parametrize(
+    ("there", "zone"),
+    [
+        (None, "Etc/UTC"),
+        ({"spec": {}}, "Etc/UTC"),
+        ({"spec": {"timeZone": "Europe/Berlin"}}, "Europe/Berlin"),
+    ],
+)
+def test_a_schedule_keeps_its_zone(there: Any, zone: str) -> None:
+    """A changed line without --time-zone does not move the night."""
+    cluster: Any = SimpleNamespace(get=lambda *_: there)
+    assert zone_of(cluster, "night") == zone
