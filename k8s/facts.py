@@ -11,7 +11,7 @@ from k8s.cluster import Cluster
 from k8s.control import workload_of
 from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import SELECTOR, Object
-from k8s.runs import JOB_LABEL, Run, find, observe
+from k8s.runs import JOB_LABEL, Run, find, observe, seconds
 
 MAX_PODS = 3
 WAIT = "nothing to do: it starts by itself"
@@ -39,10 +39,11 @@ class Facts:
         """The newest pod."""
         return self.pods[0] if self.pods else None
 
-    def said(self, *reasons: str) -> str | None:
-        """Return the message of the newest event with one of these reasons."""
+    def said(self, *reasons: str, since: str | None = None) -> str | None:
+        """Return the message of the newest event with one of these reasons, not older than that."""
         for event in self.events:
-            if event.get("reason") in reasons:
+            old = (seconds(_when(event)) or 0.0) < (seconds(since) or 0.0)
+            if event.get("reason") in reasons and not old:
                 return " ".join(str(event.get("message", "")).split())
         return None
 
@@ -98,7 +99,8 @@ def _events(cluster: Cluster, name: str) -> list[Object]:
 
 def _when(event: Object) -> str:
     return str(
-        event.get("lastTimestamp")
+        (event.get("series") or {}).get("lastObservedTime")
+        or event.get("lastTimestamp")
         or event.get("eventTime")
         or event["metadata"].get("creationTimestamp", "")
     )

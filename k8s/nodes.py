@@ -10,16 +10,22 @@ def refusal(pod: Object, node: Object) -> str | None:
     if node["spec"].get("unschedulable"):
         return "cordoned"
     labels = node["metadata"].get("labels") or {}
-    affinity = pod.get("affinity", {}).get("nodeAffinity", {})
-    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution")
-    terms = [
-        term.get("matchExpressions") or [] for term in (required or {}).get("nodeSelectorTerms", [])
-    ]
+    terms = _terms(pod)
     if terms and not any(all(_holds(one, labels) for one in term) for term in terms):
-        wanted = " or ".join(" and ".join(map(_said, term)) for term in terms)
-        return f"without {wanted}"
+        return f"without {required(pod)}"
     taint = _refusing(pod, node)
     return f"tainted {taint['key']}={taint.get('value', '')}" if taint else None
+
+
+def required(pod: Object) -> str:
+    """Return the terms of a pod's required node affinity in words; empty if it has none."""
+    return " or ".join(" and ".join(map(_said, term)) for term in _terms(pod))
+
+
+def _terms(pod: Object) -> list[list[Object]]:
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {})
+    found = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    return [term.get("matchExpressions") or [] for term in found.get("nodeSelectorTerms", [])]
 
 
 def _holds(expression: Object, labels: Object) -> bool:

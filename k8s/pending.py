@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from k8s.facts import WAIT, Answer, Facts
+from k8s.nodes import required
+from k8s.render import Object
 from k8s.runs import container
 
 # There is no pod
@@ -133,10 +135,13 @@ def unscheduled(facts: Facts) -> Answer | None:
 
 
 def _scheduler_says(facts: Facts) -> str:
+    """Return the scheduler's newest word, without what it says of preemption."""
+    said, since = "", None
     for one in (facts.pod or {}).get("status", {}).get("conditions") or []:
         if one["type"] == "PodScheduled" and one["status"] == "False":
-            return " ".join(str(one.get("message", "")).split())
-    return facts.said("FailedScheduling") or ""
+            said, since = str(one.get("message", "")), one.get("lastTransitionTime")
+    said = facts.said("FailedScheduling", since=since) or said
+    return " ".join(said.partition("preemption:")[0].split())
 
 
 def _volume_claim(said: str) -> Answer | None:
@@ -167,27 +172,39 @@ def _shortage(facts: Facts, said: str) -> Answer | None:
 
 
 def _no_node(facts: Facts, said: str) -> Answer | None:
-    if "were unschedulable" in said:
+    if "were unschedulable" in said or "{node.kubernetes.io/unschedulable" in said:
         names = " ".join(facts.cordoned)
         what = f"nodes that may fit are cordoned{f' ({names})' if names else ''}: {said}"
         do = f"wait for new nodes, or put them back: kubectl uncordon {names or 'NODE'}"
         return Answer("cordoned", what, do)
-    taint = re.search(r"untolerated taint\(?s?\)? ?\{([^}]*)\}", said)
-    selector = (facts.pod or {}).get("spec", {}).get("nodeSelector") or {}
-    labels = ", ".join(f"{key}={value}" for key, value in selector.items())
-    if "didn't match Pod's node affinity/selector" in said:
-        do = "set platform, capacity or node_selector in the cluster file to what your nodes carry"
-        return Answer("selector", f"no free node has the labels {labels}: {said}", do)
-    if taint:
-        what = (
-            f"the nodes that fit are tainted {taint[1].rstrip(': ')}, and it does not tolerate that"
-        )
+    unfit = "didn't match Pod's node affinity/selector" in said
+    wanted = _wanted((facts.pod or {}).get("spec", {}))
+    taints = _taints(said)
+    if taints:
+        others = f", and the others do not fit {wanted}" if unfit else ""
+        what = f"nodes are tainted {taints}, and it does not tolerate that{others}: {said}"
         return Answer("taint", what, "use this cluster's platform in the cluster file, or untaint")
+    if unfit:
+        do = "set platform, capacity or node_selector in the cluster file to what your nodes carry"
+        return Answer("selector", f"no free node fits {wanted}: {said}", do)
     if "no nodes available" in said:
         return Answer("no-nodes", "the cluster has no nodes", "add a GPU node pool")
     if said:
         return Answer("unscheduled", f"no node takes it: {said}", "see the node pool")
     return Answer("scheduling", "the scheduler has not looked at it yet", WAIT)
+
+
+def _wanted(pod: Object) -> str:
+    """Return the labels and the affinity that the scheduler calls by one name."""
+    labels = [f"{key}={value}" for key, value in (pod.get("nodeSelector") or {}).items()]
+    return " and ".join(filter(None, [*labels, required(pod)]))
+
+
+def _taints(said: str) -> str:
+    """Return the taints that keep it away; those of a control plane are on no GPU node."""
+    found = re.findall(r"untolerated taint(?:\(s\))? ?\{([^}]*)\}", said)
+    kept = (it.rstrip(": ") for it in found if not it.startswith("node-role.kubernetes.io/"))
+    return ", ".join(kept)
 
 
 def starting(facts: Facts) -> Answer | None:

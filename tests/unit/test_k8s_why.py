@@ -413,6 +413,49 @@ def test_one_plain_answer_and_its_mend(cause: str) -> None:
     assert "\n" not in str(answer)
 
 
+SELECTORS = "2 node(s) didn't match Pod's node affinity/selector"
+NO_SPOT = {"key": "cloud.google.com/gke-spot", "operator": "DoesNotExist"}
+AFFINITY = {"nodeSelectorTerms": [{"matchExpressions": [NO_SPOT]}]}
+
+
+def test_what_no_node_fits_is_the_labels_and_the_affinity() -> None:
+    """A spot node has every label of the selector: it is the affinity that rules it out."""
+    pod = _unscheduled(f"0/2 nodes are available: {SELECTORS}.")
+    rule = {"requiredDuringSchedulingIgnoredDuringExecution": AFFINITY}
+    pod["spec"]["affinity"] = {"nodeAffinity": rule}
+    answer = why(_facts(_job(), pod))
+    assert "gke-accelerator=nvidia-h100-80gb and cloud.google.com/gke-spot DoesNotExist" in str(
+        answer
+    )
+    assert "capacity" in answer.do
+
+
+@pytest.mark.parametrize(
+    ("taint", "cause"),
+    [
+        ("{team: other}", "taint"),
+        ("{node-role.kubernetes.io/control-plane: }", "selector"),
+        ("{node.kubernetes.io/unschedulable: }", "cordoned"),
+    ],
+)
+def test_a_taint_beside_nodes_that_do_not_match_is_named(taint: str, cause: str) -> None:
+    """The right node is the tainted one; a control plane's taint explains nothing."""
+    said = f"0/3 nodes are available: 1 node(s) had untolerated taint {taint}, {SELECTORS}."
+    answer = why(_facts(_job(), _unscheduled(f"{said} preemption: 0/3 nodes are available.")))
+    assert answer.cause == cause
+    assert taint in answer.what
+    assert "preemption" not in answer.what
+
+
+@pytest.mark.parametrize(("moved", "cause"), [("02:01", "selector"), ("02:03", "no-nodes")])
+def test_the_schedulers_newest_word_wins(moved: str, cause: str) -> None:
+    """A condition may stay as it was while events tell of the nodes that have come."""
+    pod = _unscheduled("no nodes available to schedule pods")
+    pod["status"]["conditions"][0]["lastTransitionTime"] = f"2026-11-22T{moved}:00Z"
+    event = _event("FailedScheduling", f"0/2 nodes are available: {SELECTORS}.")
+    assert why(_facts(_job(), pod, events=(event,))).cause == cause
+
+
 def test_no_progress_is_explained_by_what_ended_the_attempts_before() -> None:
     """72 says that it goes nowhere; the pods before it say why."""
     job, last = _job(**FAILED), _ended(72)
