@@ -359,11 +359,11 @@ def parse(text: str, kind: type[T], *, where: str, guide: str = "docs/job-file.m
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        faults = "\n  ".join(_explain(fault, kind) for fault in error.errors())
-        count = error.error_count()
-        what = f"{count} {'setting is' if count == 1 else 'settings are'} wrong:\n  {faults}\n"
-        do = f"mend the above; {guide} has every key"
-        raise JobError(ExitCode.CONFIG, where, what, do) from None
+        faults = [_explain(fault, kind) for fault in error.errors()]
+        if len(faults) == 1:
+            raise JobError(ExitCode.CONFIG, where, faults[0], f"see {guide}") from None
+        do = "\n  ".join([f"see {guide}:", *faults])
+        raise JobError(ExitCode.CONFIG, where, f"{len(faults)} settings are wrong", do) from None
 
 
 def _explain(fault: Any, kind: type[BaseModel]) -> str:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from job.config import Section, parse
 from job.errors import ExitCode, JobError
@@ -16,6 +16,10 @@ Platform = Literal["gke", "eks-karpenter", "eks-managed", "aks", "gpu-operator"]
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|[kKMGTPE]i?)?$"
 DNS_NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 LABEL_NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+IMAGE = r"^[^\s@]+(@sha256:[0-9a-f]{64})?$"
+LABEL_PART = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LABEL_KEY = re.compile(rf"^([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{LABEL_PART}$")
+LABEL_VALUE = re.compile(rf"^({LABEL_PART})?$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_REF = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+$")
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)", re.IGNORECASE)
@@ -23,15 +27,31 @@ SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|://[^/\s:@]+:[^/\s@]+@|PRIVATE KEY-----"
 )
 
-Quantity = Annotated[str, Field(pattern=QUANTITY)]
+
+def _shaped(pattern: str, words: str) -> AfterValidator:
+    """Return a check of a text's form that says how to write it, and not its pattern."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{value!r} is not valid; {words}")
+        return value
+
+    return AfterValidator(check)
+
+
+Quantity = Annotated[str, _shaped(QUANTITY, "write it as Kubernetes does, such as 8 or 64Gi")]
+DnsName = Annotated[str, _shaped(DNS_NAME, "use a-z, 0-9, - and ., at most 253 characters")]
+LabelName = Annotated[str, _shaped(LABEL_NAME, "use a-z, 0-9 and -, at most 63 characters")]
+Image = Annotated[str, _shaped(IMAGE, "write it as registry/name@sha256: and 64 hex digits")]
+HostPath = Annotated[str, _shaped(r"^/[^:]+$", "write a path from the root on, such as /data")]
 
 
 class CacheSection(Section):
     """Where base weights stay between runs; mounted at /cache."""
 
-    claim: Annotated[str, Field(pattern=DNS_NAME)] | None = None
+    claim: DnsName | None = None
     """A PersistentVolumeClaim of the namespace."""
-    host_path: Annotated[str, Field(pattern=r"^/[^:]+$")] | None = None
+    host_path: HostPath | None = None
     """A folder of the node. Pod Security `restricted` and `baseline` refuse such pods."""
 
     @model_validator(mode="after")
@@ -46,15 +66,15 @@ class ClusterConfig(Section):
 
     platform: Platform
     """Which overlay of k8s/manifests: how this cluster labels and taints its H100 nodes."""
-    image: Annotated[str, Field(pattern=r"^[^\s@]+(@sha256:[0-9a-f]{64})?$")]
+    image: Image
     """The training image, best by digest: `registry/lora-job@sha256:…`."""
     capacity: Literal["on-demand", "spot"] = "on-demand"
-    namespace: Annotated[str, Field(pattern=LABEL_NAME)] = "lora-job"
+    namespace: LabelName = "lora-job"
     context: str | None = None
     """Context of the kubeconfig; the current one by itself, or the pod's own inside a cluster."""
     require_digest: bool = False
     """Refuse an image that is not named by digest."""
-    image_pull_secret: Annotated[str, Field(pattern=DNS_NAME)] | None = None
+    image_pull_secret: DnsName | None = None
     gpus: Annotated[int, Field(ge=0, le=8)] = 1
     cpu: Quantity | None = None
     memory: Quantity | None = None
@@ -62,7 +82,7 @@ class ClusterConfig(Section):
     ephemeral_storage: Quantity | None = None
     """Request and limit: disk for base, checkpoints and merged model; `lora-job check` estimates it."""
     shm_size: Quantity | None = None
-    service_account: Annotated[str, Field(pattern=DNS_NAME)] | None = None
+    service_account: DnsName | None = None
     """For workload identity; its token is not mounted."""
     secrets: dict[str, str] = Field(default_factory=dict)
     """Environment from Secrets: `HF_TOKEN: hub/token` is key `token` of Secret `hub`."""
@@ -70,11 +90,11 @@ class ClusterConfig(Section):
     """Environment that is no secret, such as AWS_ENDPOINT_URL."""
     node_selector: dict[str, str | None] = Field(default_factory=dict)
     """Labels to ask for besides the platform's; null drops one of the platform's."""
-    queue: Annotated[str, Field(pattern=LABEL_NAME)] | None = None
+    queue: LabelName | None = None
     """Kueue's LocalQueue."""
-    queue_priority: Annotated[str, Field(pattern=DNS_NAME)] | None = None
+    queue_priority: DnsName | None = None
     """Kueue's WorkloadPriorityClass."""
-    priority_class: Annotated[str, Field(pattern=DNS_NAME)] | None = None
+    priority_class: DnsName | None = None
     """The pod's PriorityClass."""
     cache: CacheSection | None = None
     grace_period_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
@@ -86,6 +106,17 @@ class ClusterConfig(Section):
     """Seconds that a finished Job and its pods stay."""
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
     """For the cost in `status` and `list`; any currency."""
+
+    @field_validator("node_selector")
+    @classmethod
+    def _labels(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+        for key, text in value.items():
+            if not LABEL_KEY.fullmatch(key):
+                raise ValueError(f"{key!r} is no label; write it such as example.com/gpu: h100")
+            if not LABEL_VALUE.fullmatch(text or ""):
+                do = "use letters, digits, -, _ and ., at most 63 characters"
+                raise ValueError(f"label {key} can't be {text!r}; {do}")
+        return value
 
     @field_validator("secrets")
     @classmethod

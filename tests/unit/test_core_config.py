@@ -37,8 +37,8 @@ def test_a_minimal_file_is_enough() -> None:
         ("lora: {rank: 0}", r"lora.rank: .*greater than or equal to 1, got 0"),
         ("lora: {rank: many}", r"lora.rank: .*integer.*got 'many'"),
         ("lora: {dropout: 0.1, target_parameters: [a]}", r"lora: dropout can't be had with"),
-        ("lora: {target_modules: q_proj}", r"1 setting is wrong:\n  lora.target_modules: must be"),
-        ("data: {source: a, held_out: [1]}", r"1 setting is wrong:\n  data.held_out: must be"),
+        ("lora: {target_modules: q_proj}", r"^[^\n]*: lora.target_modules: must be"),
+        ("data: {source: a, held_out: [1]}", r"^[^\n]*: data.held_out: must be"),
         ("name: Not_DNS", r"name: must be a DNS label"),
         ("device: gpu", r"device: .*'cuda' or 'cpu', got 'gpu'"),
         ("seed: -1", r"seed: .*greater than or equal to 0"),
@@ -63,6 +63,7 @@ def test_a_wrong_setting_is_named_with_its_mend(change: str, words: str) -> None
     error = refusal("\n".join([*kept, change]))
     assert error.code is ExitCode.CONFIG
     assert re.search(words, str(error))
+    assert "\n" not in str(error)
 
 
 def test_all_faults_are_told_at_once() -> None:

@@ -89,8 +89,10 @@ def test_all_faults_of_a_cluster_file_at_once(types: Types, tmp_path: Path) -> N
         ({"env": {"LORA_JOB_OWNER": "x"}}, "set by the manifests"),
         ({"secrets": {"A": "s/k"}, "env": {"A": "x"}}, "A stands in secrets and in env"),
         ({"cache": {"claim": "a", "host_path": "/b"}}, "exactly one of claim and host_path"),
-        ({"memory": "lots"}, "memory"),
-        ({"namespace": "Not_A_Name"}, "namespace"),
+        ({"memory": "64GB"}, "memory: '64GB' is not valid; write it as Kubernetes does, such as"),
+        ({"namespace": "Not_A_Name"}, "namespace: 'Not_A_Name' is not valid; use a-z"),
+        ({"node_selector": {"a b": "c"}}, "node_selector: 'a b' is no label"),
+        ({"node_selector": {"a.b/c": "d e"}}, "node_selector: label a.b/c can't be 'd e'"),
     ],
 )
 def test_wrong_settings_are_refused(
@@ -100,6 +102,8 @@ def test_wrong_settings_are_refused(
     code, out, err = types("render", *_files(tmp_path, **changes))
     assert (code, out) == (78, "")
     assert said in err
+    assert len(err.splitlines()) == 1
+    assert "pattern" not in err
     assert TOKEN not in err
     assert "pass@" not in err
 
