@@ -14,6 +14,7 @@ from k8s.facts import WAIT, Answer, Facts
 from k8s.render import QUEUE, Object
 from k8s.runs import condition, container
 
+MORE_MEMORY = "raise memory in the cluster file (shm_size is a part of it)"
 NO_PROGRESS = int(ExitCode.NO_PROGRESS)
 
 
@@ -54,8 +55,14 @@ def _oom_killed(facts: Facts) -> Answer | None:
     if last is None or _terminated(last).get("reason") != "OOMKilled":
         return None
     memory = _limit(last, "memory")
-    do = "raise memory in the cluster file (shm_size is a part of it), then submit again"
-    return Answer("oom-killed", f"the kernel killed it at its memory limit of {memory}", do)
+    what = f"the kernel killed it at its memory limit of {memory}"
+    return Answer("oom-killed", what, _anew(facts, MORE_MEMORY))
+
+
+def _anew(facts: Facts, mend: str) -> str:
+    if facts.run.is_over:
+        return f"{mend}, then submit again"
+    return f"{mend}, cancel it and submit again: the next attempt meets the same limit"
 
 
 def _evicted(facts: Facts) -> Answer | None:
@@ -64,9 +71,12 @@ def _evicted(facts: Facts) -> Answer | None:
         return None
     message = " ".join(str(last["status"].get("message", "")).split())
     disk = _limit(last, "ephemeral-storage")
-    do = f"raise ephemeral_storage in the cluster file ({disk} now; `lora-job check` estimates it)"
+    mend = (
+        f"raise ephemeral_storage in the cluster file ({disk} now; `lora-job check` estimates it)"
+    )
+    do = _anew(facts, mend)
     if "ephemeral" not in message and "disk" not in message.lower():
-        do = "submit again: it goes on from its checkpoint"
+        do = "submit again: it goes on from its checkpoint" if facts.run.is_over else WAIT
     return Answer("evicted", f"its node evicted it: {message}", do)
 
 
@@ -156,9 +166,9 @@ def _workload_condition(workload: Object, kind: str, status: str) -> Object | No
 def _suspended(facts: Facts) -> Answer | None:
     if facts.run.state != "suspended":
         return None
-    name = facts.run.name
-    do = f'kubectl patch job {name} -p \'{{"spec":{{"suspend":false}}}}\', or cancel it'
-    return Answer("suspended", "somebody suspended the Job", do)
+    return Answer(
+        "suspended", "somebody suspended the Job", "submit again to resume it, or cancel it"
+    )
 
 
 def _running(facts: Facts) -> Answer | None:
@@ -169,6 +179,7 @@ def _running(facts: Facts) -> Answer | None:
     code = f" ended with {last['code']}:" if last.get("code") is not None else ""
     before = f"; the attempt before{code} {last.get('what')}" if last else ""
     do = str(last["do"]) if last.get("name") == "killed" else "wait"
+    do = _anew(facts, MORE_MEMORY) if last.get("reason") == "OOMKilled" else do
     return Answer("running", f"it runs, attempt {facts.run.number}, stage {stage}{before}", do)
 
 
@@ -186,8 +197,11 @@ def _gone(facts: Facts) -> Answer | None:
 
 
 def _culprit(facts: Facts) -> Object | None:
-    """Return a failed run's newest pod, past one that only said that this goes nowhere (72)."""
-    pods = facts.pods if facts.run.state == "failed" else []
+    """Return the newest pod, past one that only said that this goes nowhere (72).
+
+    None of a run that goes on, or that went well.
+    """
+    pods = facts.pods if facts.run.state in ("failed", "pending") else []
     return next((it for it in pods if _terminated(it).get("exitCode") != NO_PROGRESS), None)
 
 

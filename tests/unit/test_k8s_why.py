@@ -346,7 +346,7 @@ CASES: dict[str, tuple[Facts, str, str]] = {
         "still ending on node node-7",
         "out-of-service",
     ),
-    "suspended": (_facts(_job(suspend=True)), "suspended", "suspend"),
+    "suspended": (_facts(_job(suspend=True)), "suspended", "submit again to resume it"),
     "kueue-absent": (_facts(_job(suspend=True, queued=True)), "no Workload", "Kueue"),
     "kueue-quota": (
         _facts(
@@ -411,6 +411,25 @@ def test_one_plain_answer_and_its_mend(cause: str) -> None:
     assert what in answer.what
     assert do in answer.do
     assert "\n" not in str(answer)
+
+
+def _evicted(message: str) -> Object:
+    status = {"phase": "Failed", "reason": "Evicted", "message": message}
+    return _ended(137) | {"status": status}
+
+
+def test_a_limit_that_the_next_attempt_will_meet_too_is_named_at_once() -> None:
+    """Retries that are left change nothing: memory or disk has to be raised."""
+    killed = _ended(137, reason="OOMKilled")
+    answer = why(_facts(_job(), killed))
+    assert (answer.cause, answer.do[:12]) == ("oom-killed", "raise memory")
+    assert "cancel it and submit again" in answer.do
+    running = _pod({"running": {"startedAt": "2026-11-22T02:33:00Z"}}, phase="Running")
+    running["metadata"]["creationTimestamp"] = "2026-11-22T02:32:00Z"
+    answer = why(_facts(_job(), running, killed))
+    assert (answer.cause, answer.do[:12]) == ("running", "raise memory")
+    assert "raise ephemeral_storage" in why(_facts(_job(), _evicted("low on disk"))).do
+    assert "nothing to do" in why(_facts(_job(), _evicted("low on resource: memory"))).do
 
 
 SELECTORS = "2 node(s) didn't match Pod's node affinity/selector"
