@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,9 +12,14 @@ from k8s.cluster import Cluster
 from k8s.refusals import ForbiddenError, NotFoundError
 from k8s.render import QUEUE, STORE, Object
 from k8s.runs import JOB_LABEL, Run, condition, find, is_lost, missing
+from k8s.stored import impatient
 from k8s.watch import changes, until
 
 Say = Callable[[str], None]
+
+
+class LateError(JobError):
+    """The run is not over, and the time to wait for it is."""
 
 
 def wait(
@@ -22,19 +28,32 @@ def wait(
     """Return the run once it is over.
 
     Raises:
-        JobError: 66 if it is not there, 74 if it is not over after ``timeout_s``.
+        LateError: it is not over after ``timeout_s``.
+        JobError: 66 if it is not there.
     """
-    give_up = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-    selector = f"metadata.name={name}"
-    for jobs in changes(cluster, "Job", wait=stop.wait, seconds=10, fieldSelector=selector):
+    if timeout_s is None:
+        return _over(cluster, name, store, stop)
+    give_up = time.monotonic() + timeout_s
+    do = f"wait again, or see `lora-job why {name}`"
+    late = LateError(ExitCode.STORE, name, f"is not over after {timeout_s:g} s", do)
+    return impatient(
+        lambda hurried: _over(cluster, name, store, hurried, give_up), seconds=timeout_s, late=late
+    )
+
+
+def _over(
+    cluster: Cluster, name: str, store: str | None, stop: Stop, give_up: float = math.inf
+) -> Run:
+    which = f"metadata.name={name}"
+    for jobs in changes(
+        cluster, "Job", wait=stop.wait, seconds=10, give_up=give_up, fieldSelector=which
+    ):
         if jobs:
             # Should it be deleted while we wait, the store still knows how it ended.
             store = (jobs[0]["metadata"].get("annotations") or {}).get(STORE) or store
         if not jobs or condition(jobs[0], "Complete") or condition(jobs[0], "Failed"):
             break
-        if time.monotonic() > give_up:
-            do = f"wait again, or see `lora-job why {name}`"
-            raise JobError(ExitCode.STORE, name, f"is not over after {timeout_s:.0f} s", do)
+        stop.check()
     return _found(cluster, name, store, stop)
 
 

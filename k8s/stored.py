@@ -44,14 +44,16 @@ class Stored:
         return told or {**last, "name": "vanished", "what": f"vanished without a word {place}"}
 
 
-def impatient(call: Callable[[Stop], T], *, seconds: float = PATIENCE_S) -> T:
-    """Return ``call(stop)``; after ``seconds`` the stop ends its retries.
+def impatient(
+    call: Callable[[Stop], T], *, seconds: float = PATIENCE_S, late: JobError | None = None
+) -> T:
+    """Return ``call(stop)``; after ``seconds`` the stop ends its retries, with ``late``.
 
     A person who asks for a status does not wait the 20 minutes that a run would.
     """
     stop = Stop()
     do = "see the store's address and whether it can be reached from here"
-    late = JobError(ExitCode.STORE, "store", f"no answer within {seconds:.0f} s", do)
+    late = late or JobError(ExitCode.STORE, "store", f"no answer within {seconds:.0f} s", do)
     timer = threading.Timer(seconds, stop.request, [late])
     timer.daemon = True
     timer.start()

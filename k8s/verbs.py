@@ -26,6 +26,8 @@ from k8s.terminal import (
 if TYPE_CHECKING:
     from k8s.runs import Run
 
+TIMED_OUT = 124
+"""As timeout(1) has it: no code of a run's own."""
 BESIDE = "by itself cluster.yaml beside the job file"
 
 
@@ -56,7 +58,8 @@ def add_parsers(verbs: Any) -> None:
     _run(logs)
     logs.add_argument("--follow", "-f", action="store_true", help="to the end of the run")
 
-    wait = _verb(verbs, "wait", _wait, "wait for a run; its own exit code")
+    codes = f"wait for a run; its own exit code, or {TIMED_OUT} (--timeout), 130 (Ctrl-C)"
+    wait = _verb(verbs, "wait", _wait, codes)
     _run(wait)
     wait.add_argument("--timeout", type=float, metavar="SECONDS")
     _output(wait)
@@ -64,6 +67,7 @@ def add_parsers(verbs: Any) -> None:
     cancel = _verb(verbs, "cancel", _cancel, "save a checkpoint, then end a run")
     _run(cancel)
     cancel.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
+    _output(cancel)
 
     listing = _verb(verbs, "list", _list, "the newest runs")
     _where(listing)
@@ -195,23 +199,28 @@ def _logs(arguments: argparse.Namespace) -> int:
     try:
         logs.follow(cluster, arguments.run, write_line, new_stop(), waiting=lambda: None)
     except KeyboardInterrupt:
-        say(f"\ndetached: {arguments.run} goes on")
-        return verb_submit.DETACHED
+        return _detached(arguments.run)
     return 0
 
 
-def _wait(arguments: argparse.Namespace) -> int:
-    from k8s.control import wait
+def _detached(run: str) -> int:
+    say(f"\ndetached: {run} goes on")
+    return verb_submit.DETACHED
 
-    cluster = open_cluster(arguments)
-    with waiting(f"waiting for {arguments.run}"):
-        run = wait(
-            cluster,
-            arguments.run,
-            store=arguments.store,
-            stop=new_stop(),
-            timeout_s=arguments.timeout,
-        )
+
+def _wait(arguments: argparse.Namespace) -> int:
+    from k8s.control import LateError, wait
+
+    cluster, name = open_cluster(arguments), arguments.run
+    where = {"store": arguments.store, "timeout_s": arguments.timeout}
+    try:
+        with waiting(f"waiting for {name}"):
+            run = wait(cluster, name, stop=new_stop(), **where)
+    except LateError as error:
+        say(f"lora-job: {error}")
+        return TIMED_OUT
+    except KeyboardInterrupt:
+        return _detached(name)
     return verb_submit.tell_end(run, arguments)
 
 
@@ -227,6 +236,9 @@ def _cancel(arguments: argparse.Namespace) -> int:
         else "no checkpoint known"
     )
     say(f"{arguments.run}: cancelled, {kept}; submit its job file again to go on")
+    if wants_json(arguments):
+        checkpoint = run.checkpoint if run else None
+        print_json({"run": arguments.run, "outcome": "cancelled", "checkpoint": checkpoint})
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -48,9 +50,18 @@ def until(
 
 
 def changes(
-    cluster: Cluster, kind: str, *, wait: Wait, seconds: int = 300, **query: Any
+    cluster: Cluster,
+    kind: str,
+    *,
+    wait: Wait,
+    seconds: int = 300,
+    give_up: float = math.inf,
+    **query: Any,
 ) -> Iterator[list[Object]]:
-    """Yield all selected objects, again after each change, over cuts, 410s and server restarts."""
+    """Yield all selected objects, again after each change, over cuts, 410s and server restarts.
+
+    They are listed anew after ``seconds``, and when the clock (monotonic) passes ``give_up``.
+    """
     known = False
     while True:
         body = until(lambda: cluster.page(kind, **query), wait=wait, allowed_before=known)
@@ -58,8 +69,9 @@ def changes(
         found = {item["metadata"]["name"]: item for item in body["items"]}
         yield list(found.values())
         version = body["metadata"]["resourceVersion"]
+        lasts = math.ceil(max(1.0, min(seconds, give_up - time.monotonic())))
         try:
-            for event in cluster.watch(kind, resource_version=version, seconds=seconds, **query):
+            for event in cluster.watch(kind, resource_version=version, seconds=lasts, **query):
                 item = event["object"]
                 if event["type"] == "DELETED":
                     found.pop(item["metadata"]["name"], None)

@@ -12,7 +12,7 @@ import pytest
 
 from job.errors import JobError
 from job.stop import Stop
-from k8s import verb_submit
+from k8s import cli, verb_submit, verbs
 from k8s.logs import follow, show
 from k8s.refusals import CutError
 
@@ -166,6 +166,43 @@ def test_the_log_begins_with_attempts_whose_pods_are_gone(
     written: list[bytes] = []
     show(cluster, RUN, written.append, store=None)  # type: ignore[arg-type]
     assert written == [b"attempt 1\n", b"here\n", b'{"epoch": 2}\n']
+
+
+@pytest.mark.parametrize(("raised", "code"), [(None, 124), (KeyboardInterrupt, 130)])
+def test_a_wait_that_ends_before_the_run_has_codes_of_its_own(
+    cluster: Scripted, monkeypatch: pytest.MonkeyPatch, raised: type | None, code: int
+) -> None:
+    """124 once the time is over, 130 after Ctrl-C; the server is not asked to watch for longer."""
+    watched: list[int] = []
+
+    def watch(_kind: str, *, seconds: int, **_: Any) -> Iterator[Object]:
+        watched.append(seconds)
+        if raised:
+            raise raised
+        yield from ()
+
+    cluster.moments = [{"job": _job(), "pods": []}]
+    monkeypatch.setattr(cluster, "watch", watch)
+    monkeypatch.setattr(verbs, "open_cluster", lambda _: cluster)
+    assert cli.main(["wait", RUN, "--timeout", "0.2"]) == code
+    assert set(watched) == {1}
+
+
+@pytest.mark.parametrize("words", [[], ["--now"]])
+def test_a_cancel_tells_a_program_too(
+    cluster: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    """JSON on stdout, words on stderr."""
+    cluster.moments = [{"job": _job(), "pods": []}]
+    for deed in ("patch", "delete"):
+        monkeypatch.setattr(cluster, deed, lambda *_, **__: {}, raising=False)
+    monkeypatch.setattr(verbs, "open_cluster", lambda _: cluster)
+    assert cli.main(["cancel", RUN, "-o", "json", *words]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"run": RUN, "outcome": "cancelled", "checkpoint": None}
 
 
 def test_the_log_of_a_silent_node_comes_from_the_store(
