@@ -16,7 +16,8 @@ from urllib.parse import urlencode
 
 from pydantic import AliasPath, Field, TypeAdapter
 
-from k8s.refusals import CutError, GoneError, NotFoundError, cut_is_told, raise_refusal, warnings_in
+from k8s import refusals
+from k8s.refusals import CutError, GoneError, NotFoundError, cut_is_told
 from k8s.render import Object, to_yaml
 
 KINDS = {
@@ -177,9 +178,8 @@ class Cluster:
             try:
                 event = json.loads(line)
             except ValueError:
-                raise CutError(
-                    self.host, "the watch was cut"
-                ) from None  # the cut came inside a line
+                # The cut came inside a line.
+                raise CutError(self.host, "the watch was cut") from None
             if event["type"] == "ERROR":
                 code = event["object"].get("code")
                 if code == 410:
@@ -214,7 +214,7 @@ class Cluster:
             response = self._open(verb, kind, name, "", body, query or {}, headers, READ_S)
             data = response.data
         self._raise_for(response.status, data, verb, kind, name)
-        return Reply(decode(data), warnings_in(response.headers.getlist("Warning")))
+        return Reply(decode(data), refusals.warnings_in(response.headers.getlist("Warning")))
 
     def _lines(
         self,
@@ -259,6 +259,7 @@ class Cluster:
     ) -> Any:
         import urllib3
 
+        refusals.require_name(name)
         for setting in self._configuration.auth_settings().values():
             headers[setting["key"]] = setting["value"]
         method = {"create": "POST", "patch": "PATCH", "delete": "DELETE"}.get(verb, "GET")
@@ -293,6 +294,6 @@ class Cluster:
         message = said.get("message") or data.decode(errors="replace")[:300]
         resource = (CLUSTER_KINDS | KINDS)[kind][1] + (f"/{part}" if part else "")
         where = f"{self.host}: {resource}" + (f"/{name}" if name else "")
-        raise_refusal(
+        refusals.raise_refusal(
             status, said.get("reason"), message, f"{verb} {resource}", self.namespace, where
         )

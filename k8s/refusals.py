@@ -65,6 +65,17 @@ def raise_refusal(
     raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
 
 
+def require_name(name: str) -> None:
+    """Refuse a name that no object can have: a path with a slash in it asks for something else.
+
+    Raises:
+        JobError: 66.
+    """
+    if name and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
+        what = "there is no such run: names have a-z, 0-9 and -"
+        raise JobError(ExitCode.NOT_FOUND, name, what, "see `lora-job list`")
+
+
 def warnings_in(headers: Iterable[str]) -> list[str]:
     """Return the texts of Warning headers, with the quotes in them (RFC 7234, 5.5)."""
     found = [re.search(r'"((?:[^"\\]|\\.)*)"', header) for header in headers]

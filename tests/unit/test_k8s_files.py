@@ -197,6 +197,17 @@ def test_server_unreachable(types: Types, tmp_path: Path, monkeypatch: pytest.Mo
     assert f"{server}: can't be reached" in err
 
 
+@pytest.mark.parametrize("verb", ["status", "why", "cancel"])
+def test_a_name_that_no_run_has(
+    types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """66, before a server is asked for something that is another path."""
+    _kubeconfig(tmp_path, monkeypatch)
+    code, _, err = types(verb, "Bad/Name")
+    assert (code, len(err.splitlines())) == (66, 2 if verb == "cancel" else 1), err
+    assert "Bad/Name: there is no such run" in err
+
+
 def test_submit_creates_nothing_when_a_file_is_wrong(
     types: Types, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
