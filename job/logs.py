@@ -13,8 +13,8 @@ from typing import Any
 import structlog
 
 
-def configure(*, copy_to: Path | None = None) -> None:
-    """Send events to stderr, and as JSON lines to ``copy_to`` as well."""
+def configure(*, copy_to: Path | None = None, least: int = logging.INFO) -> None:
+    """Send events from level ``least`` on to stderr, and as JSON lines to ``copy_to`` as well."""
     copy = copy_to.open("a", encoding="utf-8", buffering=1) if copy_to else None
     # Libraries' own bars and notices would tear the lines apart; what matters is an event.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -38,6 +38,7 @@ def configure(*, copy_to: Path | None = None) -> None:
             structlog.processors.format_exc_info,
             write,
         ],
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )

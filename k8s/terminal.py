@@ -34,10 +34,13 @@ def wants_json(arguments: argparse.Namespace) -> bool:
 
 def new_stop() -> Stop:
     """Return a stop that nothing asks: Ctrl-C ends what waits here, and never the run."""
+    import logging
+
     from job import logs
     from job.stop import PERSONS_PATIENCE_S, Stop
 
-    logs.configure()
+    # Between the words of a verb, a pull's progress is noise.
+    logs.configure(least=logging.WARNING)
     return Stop(patience_s=PERSONS_PATIENCE_S)
 
 

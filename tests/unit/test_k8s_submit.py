@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 
+from job import logs
 from job.config import JobConfig, parse
 from job.errors import JobError
 from job.stop import Stop
 from k8s.config import ClusterConfig
 from k8s.render import objects
 from k8s.submit import submit
+from k8s.terminal import new_stop
 
 Object = dict[str, Any]
 
@@ -100,3 +103,13 @@ def test_in_a_queue_its_workload_goes_on() -> None:
     for waiting in ([], [{"metadata": {"name": "w"}, "spec": {"active": True}}]):
         cluster = _holding(queued, *waiting, suspend=True)
         assert (_submits(cluster, queued), cluster.patched) == ("attached", [])
+
+
+def test_only_warnings_come_between_a_verbs_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's own log has every event."""
+    for least, heard in ((new_stop, ["slow"]), (logs.configure, ["pulled", "slow"])):
+        least()
+        structlog.get_logger().info("pulled")
+        structlog.get_logger().warning("slow")
+        said = capsys.readouterr().err
+        assert [word for word in ("pulled", "slow") if word in said] == heard
