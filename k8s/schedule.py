@@ -138,10 +138,12 @@ def suspend(cluster: Cluster, name: str, *, on: bool) -> None:
     cluster.patch("CronJob", name, {"spec": {"suspend": on}})
 
 
-def delete(cluster: Cluster, name: str) -> None:
-    """Delete a schedule, and with it its Jobs."""
+def delete(cluster: Cluster, name: str) -> list[str]:
+    """Delete a schedule, and with it its Jobs, also those that run; return their names."""
     find(cluster, name)
+    jobs = cluster.list("Job", labelSelector=f"{SCHEDULE}={name}")
     cluster.delete("CronJob", name)
+    return [job["metadata"]["name"] for job in jobs]
 
 
 def run_now(cluster: Cluster, name: str, *, now: float | None = None) -> tuple[str, bool]:

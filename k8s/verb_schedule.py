@@ -29,6 +29,7 @@ def call(arguments: argparse.Namespace) -> int:
     is_file = Path(arguments.job).suffix in (".yaml", ".yml")
     job = load(Path(arguments.job)) if is_file else None
     name = job.name if job else str(arguments.job)
+    done: dict[str, Any] = {}
     if arguments.cron:
         if job is None:
             do = "lora-job schedule JOB.yaml --cron …"
@@ -36,11 +37,13 @@ def call(arguments: argparse.Namespace) -> int:
         cluster = _create_schedule(job, arguments)
     else:
         cluster = open_cluster(settings_of(arguments) if arguments.cluster else arguments)
-        _change_schedule(cluster, name, arguments)
-    if arguments.delete:
-        return 0
-    about = schedule.describe(schedule.find(cluster, name))
-    print_json(about) if wants_json(arguments) else _print_schedule(about)
+        done = _change_schedule(cluster, name, arguments)
+    if not arguments.delete:
+        done |= schedule.describe(schedule.find(cluster, name))
+    if wants_json(arguments):
+        print_json(done)
+    elif not arguments.delete:
+        _print_schedule(done)
     return 0
 
 
@@ -66,17 +69,21 @@ def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
     return cluster
 
 
-def _change_schedule(cluster: Cluster, name: str, arguments: argparse.Namespace) -> None:
+def _change_schedule(cluster: Cluster, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do what the flags ask for; return what a program should know of it."""
     from k8s import schedule
 
     if arguments.run_now:
         run, new = schedule.run_now(cluster, name)
         say(f"{run}: {'created' if new else 'this minute has fired already'}")
-    elif arguments.suspend or arguments.resume:
+        return {"run": run, "new": new}
+    if arguments.suspend or arguments.resume:
         schedule.suspend(cluster, name, on=arguments.suspend)
     elif arguments.delete:
-        schedule.delete(cluster, name)
-        say(f"{name}: deleted")
+        jobs = schedule.delete(cluster, name)
+        say(f"{name}: deleted" + (f", and with it {', '.join(jobs)}" if jobs else ""))
+        return {"name": name, "outcome": "deleted", "jobs": jobs}
+    return {}
 
 
 def _print_schedule(about: dict[str, Any]) -> None:

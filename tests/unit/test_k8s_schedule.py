@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,61 @@ from typing import Any
 import pytest
 
 from job.errors import JobError
+from k8s import cli, verb_schedule
 from k8s.schedule import next_times, zone_of
+
+CRON: dict[str, Any] = {
+    "metadata": {"name": "night", "uid": "u"},
+    "spec": {
+        "schedule": "0 2 * * *",
+        "timeZone": "Etc/UTC",
+        "jobTemplate": {"metadata": {}, "spec": {}},
+    },
+}
+
+
+class Scripted:  # answers as k8s.cluster.Cluster does
+    """A cluster with one schedule, and the Jobs that it was asked to create."""
+
+    namespace = "lora-job"
+
+    def __init__(self) -> None:
+        self.jobs: list[dict[str, Any]] = []
+
+    def get(self, _kind: str, _name: str) -> dict[str, Any]:
+        """The CronJob."""
+        return CRON
+
+    def create(self, item: dict[str, Any]) -> None:
+        """A Job."""
+        self.jobs.append(item)
+
+    def list(self, _kind: str, **query: str) -> list[dict[str, Any]]:
+        """The Jobs of a schedule."""
+        key, value = query["labelSelector"].split("=")
+        return [job for job in self.jobs if job["metadata"]["labels"].get(key) == value]
+
+    def delete(self, _kind: str, _name: str) -> None:
+        """Is asked for, and done."""
+
+
+def test_firing_and_deleting_tell_a_program_which_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run that was fired has its id in the JSON; what is deleted with a schedule is named."""
+    cluster = Scripted()
+    monkeypatch.setattr(verb_schedule, "open_cluster", lambda _: cluster)
+    assert cli.main(["schedule", "night", "--run-now", "-o", "json"]) == 0
+    fired = json.loads(capsys.readouterr().out)
+    run = cluster.jobs[0]["metadata"]["name"]
+    assert (fired["name"], fired["run"], fired["new"]) == ("night", run, True)
+    assert cli.main(["schedule", "night", "--delete", "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"name": "night", "outcome": "deleted", "jobs": [run]}
+    assert err == f"night: deleted, and with it {run}\n"
+    assert cli.main(["schedule", "night", "--delete"]) == 0
+    assert capsys.readouterr().out == ""
+
 
 AFTER = datetime(2026, 3, 28, 12, tzinfo=UTC)
 
