@@ -15,7 +15,7 @@ from k8s.cluster import Cluster
 from k8s.refusals import CutError, NotFoundError
 from k8s.render import SINGLE_WRITER, STORE, Object
 from k8s.runs import condition, container, missing, observe
-from k8s.stored import read_logs
+from k8s.stored import read_logs, read_run
 from k8s.watch import changes, until
 
 log = structlog.get_logger()
@@ -190,6 +190,8 @@ def show(cluster: Cluster, name: str, write: Write, *, store: str | None) -> Non
         log.warning("earlier_attempts_not_read", reason=str(error))
         stored = []
     if not lines and not stored:
+        if job is None and uri and not read_run(uri, name).head:
+            raise missing(cluster, name, looked_in_store=True)
         do = f"see `lora-job why {name}`"
         raise JobError(ExitCode.NOT_FOUND, name, "no attempt has written a log yet", do)
     for line in [*stored, *lines]:

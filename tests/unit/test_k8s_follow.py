@@ -168,6 +168,20 @@ def test_the_log_begins_with_attempts_whose_pods_are_gone(
     assert written == [b"attempt 1\n", b"here\n", b'{"epoch": 2}\n']
 
 
+def test_a_run_that_neither_cluster_nor_store_knows_has_no_log(
+    cluster: Scripted, tmp_path: Path
+) -> None:
+    """66, no such run; one that the store knows has only written none yet."""
+    cluster.moments = [{"job": None, "pods": []}]
+    for said in ("there is no such run", "no attempt has written a log yet"):
+        with pytest.raises(JobError, match=said) as caught:
+            show(cluster, RUN, print, store=str(tmp_path))  # type: ignore[arg-type]
+        assert caught.value.code == 66
+        head = tmp_path / "_runs" / RUN / "head.json"
+        head.parent.mkdir(parents=True, exist_ok=True)
+        head.write_text(json.dumps({"epoch": 1, "state": "running"}))
+
+
 @pytest.mark.parametrize(("raised", "code"), [(None, 124), (KeyboardInterrupt, 130)])
 def test_a_wait_that_ends_before_the_run_has_codes_of_its_own(
     cluster: Scripted, monkeypatch: pytest.MonkeyPatch, raised: type | None, code: int
