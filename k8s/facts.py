@@ -32,7 +32,7 @@ class Facts:
     cordoned: list[str] = field(default_factory=list)
     """Nodes that take no new pods; empty too where the Role may not look at nodes."""
     holders: list[str] = field(default_factory=list)
-    """Other runs of this namespace whose pods run now."""
+    """Other runs of this namespace whose pods have a node."""
 
     @property
     def pod(self) -> Object | None:
@@ -112,6 +112,8 @@ def _cordoned(cluster: Cluster) -> list[str]:
 
 
 def _holders(cluster: Cluster, name: str) -> list[str]:
-    pods = cluster.list("Pod", labelSelector=SELECTOR, fieldSelector="status.phase=Running")
-    runs = {str(pod["metadata"].get("labels", {}).get(JOB_LABEL)) for pod in pods}
+    alive = "status.phase!=Succeeded,status.phase!=Failed"
+    pods = cluster.list("Pod", labelSelector=SELECTOR, fieldSelector=alive)
+    placed = [pod["metadata"] for pod in pods if pod["spec"].get("nodeName")]
+    runs = {str(meta.get("labels", {}).get(JOB_LABEL)) for meta in placed}
     return sorted(runs - {name, "None"})

@@ -164,7 +164,7 @@ def _shortage(facts: Facts, said: str) -> Answer | None:
     if named is None:
         return None
     cause, noun, do = named
-    held = f" ({', '.join(facts.holders)} runs now)" if facts.holders and cause == "gpus" else ""
+    held = f" (held by {', '.join(facts.holders)})" if facts.holders and cause == "gpus" else ""
     asked = f", it asks for {facts.run.gpus}" if cause == "gpus" else ""
     grows = facts.said("NotTriggerScaleUp")
     stuck = f"; the autoscaler adds none: {grows}" if grows else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from k8s.facts import Facts
+from k8s.facts import Facts, _holders
 from k8s.runs import assemble
 from k8s.stored import Stored
 from k8s.why import why
@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Facts, str, str]] = {
     "failed": (_facts(_job(**LIMIT)), "BackoffLimitExceeded", "logs"),
     "gpus": (
         _facts(_job(), _unscheduled(GPU), holders=["day-9f"]),
-        "not enough free GPUs (day-9f runs now), it asks for 1",
+        "not enough free GPUs (held by day-9f), it asks for 1",
         "add nodes",
     ),
     "memory": (
@@ -430,6 +430,21 @@ def test_a_limit_that_the_next_attempt_will_meet_too_is_named_at_once() -> None:
     assert (answer.cause, answer.do[:12]) == ("running", "raise memory")
     assert "raise ephemeral_storage" in why(_facts(_job(), _evicted("low on disk"))).do
     assert "nothing to do" in why(_facts(_job(), _evicted("low on resource: memory"))).do
+
+
+def test_gpus_are_held_from_the_moment_that_a_pod_has_a_node() -> None:
+    """A pod that is still pulling its image has them already; one without a node has none."""
+
+    class Cluster:
+        def list(self, _kind: str, **query: str) -> list[Object]:
+            assert "Running" not in query["fieldSelector"]
+            return [_of("day-9f", "node-7"), _of("eve-2b", ""), _of(RUN, "node-7")]
+
+    def _of(run: str, node: str) -> Object:
+        labels = {"batch.kubernetes.io/job-name": run}
+        return {"metadata": {"labels": labels}, "spec": {"nodeName": node}}
+
+    assert _holders(Cluster(), RUN) == ["day-9f"]  # type: ignore[arg-type]
 
 
 SELECTORS = "2 node(s) didn't match Pod's node affinity/selector"
