@@ -15,6 +15,7 @@ from k8s.render import QUEUE, Object
 from k8s.runs import condition, container
 
 MORE_MEMORY = "raise memory in the cluster file (shm_size is a part of it)"
+RESUME = "submit again to resume it, or cancel it"
 NO_PROGRESS = int(ExitCode.NO_PROGRESS)
 
 
@@ -134,8 +135,9 @@ def _kueue(facts: Facts) -> Answer | None:
             "kueue-absent", what, "see whether Kueue runs here, and allows this namespace"
         )
     if facts.workload["spec"].get("active") is False:
-        do = f"submit again after `lora-job cancel {facts.run.name}`"
-        return Answer("kueue-inactive", "its Workload was set inactive (a cancel, or Kueue)", do)
+        return Answer(
+            "kueue-inactive", "its Workload was set inactive (a cancel, or Kueue)", RESUME
+        )
     for kind in ("Evicted", "QuotaReserved", "Admitted"):
         found = _workload_condition(facts.workload, kind, "True" if kind == "Evicted" else "False")
         if found:
@@ -166,9 +168,7 @@ def _workload_condition(workload: Object, kind: str, status: str) -> Object | No
 def _suspended(facts: Facts) -> Answer | None:
     if facts.run.state != "suspended":
         return None
-    return Answer(
-        "suspended", "somebody suspended the Job", "submit again to resume it, or cancel it"
-    )
+    return Answer("suspended", "somebody suspended the Job", RESUME)
 
 
 def _running(facts: Facts) -> Answer | None:

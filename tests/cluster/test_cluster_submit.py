@@ -173,7 +173,7 @@ def test_status_why_and_list_tell_a_runs_life(me: Person, controllers: ControlPl
     )
     code, out, err = me.types("why", run)
     assert code == 0, err
-    assert "no free node has the labels" in out or "no nodes" in out
+    assert "no free node fits" in out or "no nodes" in out
     code, out, err = me.types("status", run)
     assert code == 0, err
     assert "pending" in out
@@ -391,7 +391,7 @@ def test_checks_say_when_they_may_not_look_and_when_they_may(
 ) -> None:
     """Secrets and nodes are not seen with the Role alone; with the ClusterRoles they are."""
     job_path, cluster_path = me.write(secrets={"HF_TOKEN": "hub/token"})
-    words = ["doctor", job_path, "--cluster", cluster_path, "-o", "json"]
+    words = ["doctor", job_path, "--cluster", cluster_path, "-o", "json", "--no-data-checks"]
     code, out, err = me.types(*words)
     assert code == 0, err
     states = {one["check"]: one["state"] for one in json.loads(out)}
@@ -411,6 +411,18 @@ def test_checks_say_when_they_may_not_look_and_when_they_may(
     controllers.create(secrets, {"metadata": {"name": "hub"}, "data": {"other": "eA=="}})
     found = {one["check"]: one for one in json.loads(me.types(*words)[1])}
     assert "has no key token (it has other)" in found["secret hub"]["what"]
+
+
+def test_doctor_tells_of_this_machine_too(me: Person) -> None:
+    """What submit would refuse before it uploads: data that is not there, beside the cluster's."""
+    job = JOB.replace("hf://HuggingFaceH4/Multilingual-Thinking", str(me.folder / "no.jsonl"))
+    job = job.replace("hf://Qwen/Qwen3-0.6B@main", "package:nobody_has/it.gguf")
+    job_path, cluster_path = me.write(job=job)
+    code, out, err = me.types("doctor", job_path, "--cluster", cluster_path, "-o", "json")
+    assert code == 78, err
+    found = {one["check"]: one for one in json.loads(out)}
+    assert found["dry run"]["state"] == "ok"
+    assert found["data"]["state"] == found["model"]["state"] == "wrong"
 
 
 def test_a_gpu_count_that_no_node_holds_is_refused(me: Person, controllers: ControlPlane) -> None:
