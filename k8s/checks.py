@@ -24,6 +24,7 @@ SUFFIXES |= {letter: 1000.0**power for power, letter in enumerate("MGTPE", start
 SUFFIXES |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 
 
+State = Literal["ok", "warning", "wrong", "not allowed to look"]
 Check = tuple[str, Callable[[], Iterator["Finding"]]]
 
 
@@ -32,7 +33,7 @@ class Finding:
     """The outcome of one check."""
 
     check: str
-    state: Literal["ok", "warning", "wrong", "not allowed to look"]
+    state: State
     what: str
     do: str = ""
 

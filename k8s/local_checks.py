@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.stop import Stop
-from k8s.checks import quantity
+from k8s.checks import Finding, State, quantity
 from k8s.render import Object
 
 GIB = 1 << 30
@@ -29,40 +29,60 @@ def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str
     Raises:
         JobError: the first fault of the check; 78 for a disk request that is too small.
     """
-    try:
-        from job.check import check
-
-        report = check(job, stop=stop)
-    except ModuleNotFoundError as missing:
-        extra = "pip install 'lora-job[check]'"
-        say(f"data checks: left out: {missing.name} is not installed ({extra})")
-        return 0
-    for tried in report["checks"]:
-        if not tried["ok"]:
-            _refuse_or_say(tried, say)
-    _require_disk(report, pod)
-    total = report.get("memory", {}).get("total", 0)
-    if job.device == "cuda" and total > H100_BYTES:
-        say(f"memory: warning: about {total / 1e9:.0f} GB on the GPU; make batch_size less")
+    report = look(job, stop=stop)
+    for code, one in local_findings(report, job, pod):
+        if one.state == "wrong":
+            raise JobError(code, one.check, one.what, one.do)
+        if one.state != "ok":
+            say(f"{one.check}: {one.state}: {one.what}; {one.do}")
     return int(report.get("disk", {}).get("checkpoints", 0)) // CHECKPOINTS
 
 
-def _refuse_or_say(tried: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Raise a fault, unless only this machine has it: credentials that are the cluster's, an extra."""
+def look(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
+    """Return the report of `lora-job check`; only ``missing`` where it can't run here."""
+    try:
+        from job.check import check
+
+        return check(job, stop=stop)
+    except ModuleNotFoundError as missing:
+        return {"checks": [], "missing": missing.name}
+
+
+def local_findings(
+    report: dict[str, Any], job: JobConfig, pod: Object
+) -> Iterator[tuple[ExitCode, Finding]]:
+    """Yield what a report says about a run in this pod, each with its exit code."""
+    if "missing" in report:
+        what = f"left out: {report['missing']} is not installed"
+        do = "pip install 'lora-job[check]'"
+        yield ExitCode.USAGE, Finding("data checks", "warning", what, do)
+    for tried in report["checks"]:
+        yield ExitCode(tried.get("code", 0)), _finding(tried)
+    yield from ((ExitCode.CONFIG, one) for one in _sizes(report, job, pod))
+
+
+def _finding(tried: dict[str, Any]) -> Finding:
+    check = tried["check"]
+    if tried["ok"]:
+        return Finding(check, "ok", "tried on this machine")
+    # Only this machine has it: credentials that are the cluster's, or an extra.
     here_only = tried["code"] == ExitCode.USAGE
-    theirs = tried["check"] in ("store", "hub") and tried["code"] == ExitCode.NOT_ALLOWED
-    if not here_only and not theirs:
-        raise JobError(ExitCode(tried["code"]), tried["where"], tried["what"], tried["do"])
-    say(f"{tried['check']}: not allowed to look: {tried['what']}")
+    theirs = check in ("store", "hub") and tried["code"] == ExitCode.NOT_ALLOWED
+    state: State = "not allowed to look" if here_only or theirs else "wrong"
+    what = tried["what"] if tried["where"] == check else f"{tried['where']}: {tried['what']}"
+    return Finding(check, state, what, tried["do"])
 
 
-def _require_disk(report: dict[str, Any], pod: Object) -> None:
+def _sizes(report: dict[str, Any], job: JobConfig, pod: Object) -> Iterator[Finding]:
+    """Yield what is too small for the run: the pod's disk, or perhaps the GPU's memory."""
     needed = report.get("disk", {}).get("total", 0) * SPARE
     asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
-    if needed <= quantity(asked):
-        return
-    gib = math.ceil(needed / GIB)
-    what = f"asks for {asked}, and the run writes about {gib} Gi"
-    raise JobError(
-        ExitCode.CONFIG, "ephemeral_storage", what, f"set it to {gib}Gi in the cluster file"
-    )
+    if needed > quantity(asked):
+        gib = math.ceil(needed / GIB)
+        what = f"asks for {asked}, and the run writes about {gib} Gi"
+        do = f"set it to {gib}Gi in the cluster file"
+        yield Finding("ephemeral_storage", "wrong", what, do)
+    total = report.get("memory", {}).get("total", 0)
+    if job.device == "cuda" and total > H100_BYTES:
+        what = f"about {total / 1e9:.0f} GB on the GPU"
+        yield Finding("memory", "warning", what, "make batch_size less")

@@ -78,6 +78,7 @@ def add_parsers(verbs: Any) -> None:
     _add_schedule(verbs)
     doctor = _verb(verbs, "doctor", _doctor, "could a job run here? all of submit's checks")
     _files(doctor)
+    _offline(doctor)
     _output(doctor)
 
 
@@ -256,13 +257,17 @@ def _list(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from k8s.checks import run_checks
+    from k8s.checks import pod_of, run_checks
+    from k8s.local_checks import local_findings, look
     from k8s.render import objects, run_name
 
-    settings, job = settings_of(arguments), load(arguments.job)
+    settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
     cluster = open_cluster(settings)
     items = list(objects(job, settings, run=run_name(job)))
     findings = list(run_checks(cluster, settings, job, items))
+    if not arguments.no_data_checks:
+        local = local_findings(look(job, stop=stop), job, pod_of(items))
+        findings += [one for _, one in local]
     if wants_json(arguments):
         print_json([asdict(one) for one in findings])
     else:

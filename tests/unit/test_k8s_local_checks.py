@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from job.config import JobConfig, parse
 from job.errors import JobError
 from job.stop import Stop
-from k8s.local_checks import check_locally
+from k8s.local_checks import check_locally, local_findings, look
 
 JOB = parse(
     'name: n\ndevice: cuda\nstore: s3://b/p\nmodel: {source: "hf://a/b"}\ndata: {source: "hf://a/c"}',
@@ -58,3 +59,25 @@ def test_more_memory_than_an_h100_has_is_a_warning(monkeypatch: pytest.MonkeyPat
     """The estimate is one."""
     (said,) = _checked(monkeypatch, memory={"total": 97e9})
     assert "about 97 GB" in said
+
+
+def test_doctor_tells_every_fault_of_this_machine_and_what_it_left_out() -> None:
+    """One does not hide the next; without the extra it says so."""
+    report = {"checks": [_fault("data", 66) | {"where": "x.jsonl"}, _fault("rows", 65)]}
+    found = [one for _, one in local_findings(report | {"disk": {"total": 120 << 30}}, JOB, POD)]
+    assert [one.state for one in found] == ["wrong"] * 3
+    assert found[0].what == "x.jsonl: w"
+    [(_, left)] = local_findings({"checks": [], "missing": "torch"}, JOB, POD)
+    assert (left.state, left.what) == ("warning", "left out: torch is not installed")
+
+
+def test_the_check_finds_a_file_and_a_package_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As doctor reports them."""
+    text = f"name: n\ndevice: cpu\nstore: {tmp_path}/s\nmodel: {{source: 'package:nobody_has/x.gguf'}}\n"
+    text += f"data: {{source: {tmp_path}/no.jsonl}}\n"
+    monkeypatch.chdir(tmp_path)
+    report = look(parse(text, JobConfig, where="job.yaml"), stop=Stop())
+    found = {one.check: (code, one.state) for code, one in local_findings(report, JOB, POD)}
+    assert found["model"] == found["data"] == (66, "wrong")
