@@ -193,6 +193,18 @@ def test_cancel_deactivates_the_workload_and_waits_for_the_pod(
     assert queueing.get(f"{BATCH.format(me.namespace)}/jobs")["items"] == []
 
 
+def test_submit_takes_back_a_cancel_that_was_cut_off(me: Person, queueing: ControlPlane) -> None:
+    """The inactive Workload becomes active, and Kueue lets the Job go again."""
+    run = queued(me)
+    await_job(queueing, me, run)
+    workload = await_workload(queueing, me, run, "Admitted", "True")
+    path = f"{KUEUE}/namespaces/{me.namespace}/workloads/{workload['metadata']['name']}"
+    queueing.patch(path, {"spec": {"active": False}})
+    await_job(queueing, me, run, suspended=True)
+    assert queued(me) == run
+    assert queueing.get(path)["spec"]["active"] is True
+
+
 def test_a_queue_that_is_not_there_is_refused_and_explained(
     me: Person, queueing: ControlPlane
 ) -> None:
