@@ -146,7 +146,9 @@ def test_a_node_that_vanishes_holds_its_run_until_somebody_says_that_it_is_dead(
 
 def test_a_full_disk_share_is_explained(mission: Mission) -> None:
     """The kubelet evicts a pod that passes its limit; `why` gives the figures and the setting."""
-    run = mission.submit("filling", steps=4000, ephemeral_storage="1Mi", backoff_limit=0)
+    # A step of minutes: there is no time to save, so that the attempt counts.
+    slow = {"gradient_accumulation": 4000}
+    run = mission.submit("filling", steps=40, train=slow, ephemeral_storage="1Mi", backoff_limit=0)
     assert mission.over(run) == "BackoffLimitExceeded"
     why = mission.ask("why", run)
     assert why["cause"] == "evicted"
