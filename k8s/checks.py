@@ -37,6 +37,9 @@ class Finding:
     what: str
     do: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.check}: {self.state}: {self.what}; {self.do}"
+
 
 def quantity(text: str | int | float) -> float:
     """Return a Kubernetes quantity (``96Gi``, ``500m``) as a number."""

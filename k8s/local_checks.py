@@ -34,7 +34,7 @@ def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str
         if one.state == "wrong":
             raise JobError(code, one.check, one.what, one.do)
         if one.state != "ok":
-            say(f"{one.check}: {one.state}: {one.what}; {one.do}")
+            say(str(one))
     return int(report.get("disk", {}).get("checkpoints", 0)) // CHECKPOINTS
 
 

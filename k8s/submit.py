@@ -94,7 +94,7 @@ def refuse_wrong(findings: Iterable[Finding], say: Say) -> None:
         if one.state == "wrong":
             wrong.append(one)
         elif one.state != "ok":
-            say(f"{one.check}: {one.state}: {one.what}; {one.do}")
+            say(str(one))
     if wrong:
         what = "; ".join(f"{one.check}: {one.what}" for one in wrong)
         raise JobError(ExitCode.CONFIG, "cluster", what, "; ".join(one.do for one in wrong))

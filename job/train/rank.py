@@ -23,14 +23,13 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.files import write_json
 from job.progress import Progress
-from job.stop import RUNS_PATIENCE_S, Stop, preempted
+from job.stop import RUNS_PATIENCE_S, SIGNALS, Stop, preempted
 
 if TYPE_CHECKING:
     from job.train.checkpoints import CheckpointState
 
 BUG = 1
 PR_SET_PDEATHSIG = 1
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)

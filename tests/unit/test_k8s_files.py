@@ -216,16 +216,23 @@ def test_submit_creates_nothing_when_a_file_is_wrong(
     assert types("submit", *_files(tmp_path, gpus=99))[0] == 78
 
 
-def test_local_data_goes_to_the_store_under_its_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file and a folder become `_inputs/<sha256>`; what is there is not sent again."""
+def _remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a folder be the store, whatever the job file names."""
     from job.stop import Stop
     from job.store.folder import FolderStore
 
     (tmp_path / "remote").mkdir()
     remote = FolderStore(tmp_path / "remote", stop=Stop())
     monkeypatch.setattr("job.store.open_store", lambda *_, **__: remote)
+
+
+def test_local_data_goes_to_the_store_under_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder become `_inputs/<sha256>`; what is there is not sent again."""
+    from job.stop import Stop
+
+    _remote(tmp_path, monkeypatch)
     (tmp_path / "held").mkdir()
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "held/a.jsonl").write_text("{}\n")
@@ -249,11 +256,8 @@ def test_a_model_in_a_package_goes_to_the_store_too(
 ) -> None:
     """The image has none of this machine's packages."""
     from job.stop import Stop
-    from job.store.folder import FolderStore
 
-    (tmp_path / "remote").mkdir()
-    remote = FolderStore(tmp_path / "remote", stop=Stop())
-    monkeypatch.setattr("job.store.open_store", lambda *_, **__: remote)
+    _remote(tmp_path, monkeypatch)
     (tmp_path / "carrier").mkdir()
     (tmp_path / "carrier/small.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
