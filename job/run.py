@@ -20,6 +20,7 @@ from job import logs
 from job.artifacts import Receipt
 from job.config import JobConfig, load_job
 from job.context import Context
+from job.disk import within_share
 from job.ending import Ending, write_termination_message
 from job.errors import ExitCode, JobError
 from job.progress import Progress
@@ -90,7 +91,8 @@ def _attempt(
         context = Context(
             job=job, work=work, cache=where.cache, attempt=attempt, stop=stop, progress=progress
         )
-        with shipped_log(attempt, work), watched(context, ending):
+        share = within_share(where.work.resolve(), stop)
+        with shipped_log(attempt, work), watched(context, ending), share:
             receipt = _published(context)
             ending.reused = receipt is not None
             return receipt or _pipeline(context)

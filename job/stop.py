@@ -18,7 +18,7 @@ GIVEN_UP = 130
 
 
 class Stop:
-    """A request to end, set by a signal (75), by a newer attempt (76) or by the watchdog (69).
+    """A request to end, set by a signal (75), a newer attempt (76) or a full disk share (71).
 
     Every stage calls :meth:`check` between units of work and :meth:`wait` instead of sleeping.
     Training looks at :attr:`requested` itself, because it saves a checkpoint first. ``patience_s``
@@ -36,8 +36,11 @@ class Stop:
         return self._event.is_set()
 
     def request(self, error: JobError) -> None:
-        """Ask for the end. The first reason wins, but a fence (76) replaces a signal (75)."""
-        if self._error is None or error.code is ExitCode.FENCED:
+        """Ask for the end. A signal (75) gives way to a later reason, a fence (76) to none."""
+        known = self._error.code if self._error else ExitCode.PREEMPTED
+        if self._error is None or (
+            known is not ExitCode.FENCED and error.code is not ExitCode.PREEMPTED
+        ):
             self._error = error
         self._event.set()
 

@@ -36,6 +36,8 @@ class Finding:
     state: State
     what: str
     do: str = ""
+    code: ExitCode | None = None
+    """What submit ends with where this is wrong; by itself 78."""
 
     def __str__(self) -> str:
         return f"{self.check}: {self.state}: {self.what}; {self.do}"
@@ -69,9 +71,9 @@ def run_checks(
         try:
             yield from check()
         except ForbiddenError as error:
-            if name == "dry run":
-                raise
-            yield Finding(name, "not allowed to look", f"your Role {error.what}", error.do)
+            # The dry run needs no more than submit itself.
+            state: State = "wrong" if name == "dry run" else "not allowed to look"
+            yield Finding(name, state, f"your Role {error.what}", error.do, error.code)
 
 
 def pod_of(objects: list[Object]) -> Object:

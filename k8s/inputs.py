@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.files import fingerprint, list_files, sha256_file
 from job.stop import Stop
-from job.store.base import Store
 
 
 def is_local(source: object) -> bool:
@@ -28,48 +28,65 @@ def local_inputs(job: JobConfig) -> dict[str, str]:
     return {key: str(value) for key, value in named.items() if is_local(value)}
 
 
-def upload(job: JobConfig, *, stop: Stop, say: Callable[[str], None]) -> JobConfig:
-    """Return the job with its local inputs replaced by ``<store>/_inputs/<sha256>``, uploaded.
+@dataclass(frozen=True)
+class Input:
+    """Files of this machine, and their folder in the store: its name is their content's hash."""
+
+    folder: str
+    files: dict[str, Path]
+
+
+def place(job: JobConfig, *, stop: Stop) -> tuple[JobConfig, list[Input]]:
+    """Return the job with its local inputs replaced by ``<store>/_inputs/<sha256>``, and those.
+
+    Nothing is sent yet. A store that is a folder leaves the job as it is.
 
     Raises:
-        JobError: 66 if an input is not there, 74 or 77 if the store refuses.
+        JobError: 66 if an input is not there.
     """
-    local = local_inputs(job)
-    if not local or not job.store.startswith("s3://"):
-        return job
+    if not job.store.startswith("s3://"):
+        return job, []
+    inputs: list[Input] = []
+    changes: dict[str, dict[str, str]] = {"model": {}, "data": {}}
+    for key, source in local_inputs(job).items():
+        path = _path(source)
+        files = _files(key, path)
+        hashes = {name: sha256_file(it, tick=stop.check) for name, it in files.items()}
+        digest = next(iter(hashes.values())) if path.is_file() else fingerprint(hashes)
+        folder = f"_inputs/{digest}"
+        inputs.append(Input(folder, files))
+        section, field = key.split(".")
+        place = f"{folder}/{path.name}" if path.is_file() else folder
+        changes[section][field] = f"{job.store.rstrip('/')}/{place}"
+    model = job.model.model_copy(update=changes["model"])
+    data = job.data.model_copy(update=changes["data"])
+    return job.model_copy(update={"model": model, "data": data}), inputs
+
+
+def send(job: JobConfig, inputs: list[Input], *, stop: Stop, say: Callable[[str], None]) -> None:
+    """Upload what the store has not in its full size: a name that is the content never changes.
+
+    Raises:
+        JobError: 74 or 77 if the store refuses.
+    """
+    if not inputs:
+        return
     from job.store import open_store
 
     store = open_store(job.store, stop=stop, single_writer=job.single_writer)
-    uris = {key: _upload(store, key, _path(path), stop, say) for key, path in local.items()}
-    root = job.store.rstrip("/")
-    changes: dict[str, dict[str, str]] = {"model": {}, "data": {}}
-    for key, place in uris.items():
-        section, field = key.split(".")
-        changes[section][field] = f"{root}/{place}"
-    model = job.model.model_copy(update=changes["model"])
-    data = job.data.model_copy(update=changes["data"])
-    return job.model_copy(update={"model": model, "data": data})
+    for one in inputs:
+        there = {entry.key: entry.size for entry in store.list(f"{one.folder}/")}
+        for name, file in one.files.items():
+            place = f"{one.folder}/{name}"
+            if there.get(place) != file.stat().st_size:
+                say(f"uploading {file} ({file.stat().st_size:,} bytes)")
+                store.upload(place, file)
 
 
 def _path(source: str) -> Path:
     from job.pull.package import locate
 
     return locate(source) if source.startswith("package:") else Path(source)
-
-
-def _upload(store: Store, key: str, path: Path, stop: Stop, say: Callable[[str], None]) -> str:
-    files = _files(key, path)
-    hashes = {name: sha256_file(it, tick=stop.check) for name, it in files.items()}
-    digest = next(iter(hashes.values())) if path.is_file() else fingerprint(hashes)
-    folder = f"_inputs/{digest}"
-    there = {entry.key: entry.size for entry in store.list(f"{folder}/")}
-    for name, file in files.items():
-        place = f"{folder}/{name}"
-        # The name is the content: what is there in its full size is there.
-        if there.get(place) != file.stat().st_size:
-            say(f"uploading {file} ({file.stat().st_size:,} bytes)")
-            store.upload(place, file)
-    return f"{folder}/{path.name}" if path.is_file() else folder
 
 
 def _files(key: str, path: Path) -> dict[str, Path]:

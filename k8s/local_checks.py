@@ -30,9 +30,9 @@ def check_locally(job: JobConfig, pod: Object, *, stop: Stop, say: Callable[[str
         JobError: the first fault of the check; 78 for a disk request that is too small.
     """
     report = look(job, stop=stop)
-    for code, one in local_findings(report, job, pod):
+    for one in local_findings(report, job, pod):
         if one.state == "wrong":
-            raise JobError(code, one.check, one.what, one.do)
+            raise JobError(one.code or ExitCode.CONFIG, one.check, one.what, one.do)
         if one.state != "ok":
             say(str(one))
     return int(report.get("disk", {}).get("checkpoints", 0)) // CHECKPOINTS
@@ -48,17 +48,14 @@ def look(job: JobConfig, *, stop: Stop) -> dict[str, Any]:
         return {"checks": [], "missing": missing.name}
 
 
-def local_findings(
-    report: dict[str, Any], job: JobConfig, pod: Object
-) -> Iterator[tuple[ExitCode, Finding]]:
-    """Yield what a report says about a run in this pod, each with its exit code."""
+def local_findings(report: dict[str, Any], job: JobConfig, pod: Object) -> Iterator[Finding]:
+    """Yield what a report says about a run in this pod."""
     if "missing" in report:
         what = f"left out: {report['missing']} is not installed"
         do = "pip install 'lora-job[check]'"
-        yield ExitCode.USAGE, Finding("data checks", "warning", what, do)
-    for tried in report["checks"]:
-        yield ExitCode(tried.get("code", 0)), _finding(tried)
-    yield from ((ExitCode.CONFIG, one) for one in _sizes(report, job, pod))
+        yield Finding("data checks", "warning", what, do)
+    yield from map(_finding, report["checks"])
+    yield from _sizes(report, job, pod)
 
 
 def _finding(tried: dict[str, Any]) -> Finding:
@@ -70,7 +67,7 @@ def _finding(tried: dict[str, Any]) -> Finding:
     theirs = check in ("store", "hub") and tried["code"] == ExitCode.NOT_ALLOWED
     state: State = "not allowed to look" if here_only or theirs else "wrong"
     what = tried["what"] if tried["where"] == check else f"{tried['where']}: {tried['what']}"
-    return Finding(check, state, what, tried["do"])
+    return Finding(check, state, what, tried["do"], ExitCode(tried["code"]))
 
 
 def _sizes(report: dict[str, Any], job: JobConfig, pod: Object) -> Iterator[Finding]:

@@ -78,7 +78,13 @@ def _made_from(job: Object) -> str:
 
 
 def cron_objects(
-    job: JobConfig, cluster: ClusterConfig, *, cron: str, time_zone: str, start_deadline_s: int
+    job: JobConfig,
+    cluster: ClusterConfig,
+    *,
+    cron: str,
+    time_zone: str,
+    start_deadline_s: int,
+    suspend: bool = False,
 ) -> tuple[Object, Object]:
     """Return the ConfigMap and the CronJob of a schedule; both Jobs and pods are those of submit."""
     digest = hashlib.sha256(job_file(job).encode()).hexdigest()
@@ -97,7 +103,7 @@ def cron_objects(
             "startingDeadlineSeconds": start_deadline_s,
             "successfulJobsHistoryLimit": 3,
             "failedJobsHistoryLimit": 7,
-            "suspend": False,
+            "suspend": suspend,
             "jobTemplate": {"metadata": metadata, "spec": template["spec"]},
         },
     }

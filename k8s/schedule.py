@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -29,6 +30,8 @@ MACROS = {
 
 
 DEFAULT_ZONE = "Etc/UTC"
+START_DEADLINE_S = 3600
+"""A night that could not start in an hour (the control plane was away) is left out."""
 
 
 def next_times(cron: str, time_zone: str, *, after: datetime, count: int = 3) -> list[datetime]:
@@ -74,20 +77,30 @@ def schedule(
     job: JobConfig,
     *,
     cron: str,
-    time_zone: str,
-    start_deadline_s: int,
+    time_zone: str | None,
+    start_deadline_s: int | None,
+    send: Callable[[], None],
     say: Say,
 ) -> None:
-    """Create the CronJob, or change the one that is there.
+    """Create the CronJob, or change the one that is there: what is not named stays as it was.
 
     Raises:
         JobError: whatever the cluster refuses; 73 for a CronJob of that name that is not ours.
     """
+    there = ours(cluster, "CronJob", job.name)
+    was = there["spec"] if there else {}
+    if start_deadline_s is None:
+        start_deadline_s = was.get("startingDeadlineSeconds", START_DEADLINE_S)
     config, item = cron_objects(
-        job, settings, cron=cron, time_zone=time_zone, start_deadline_s=start_deadline_s
+        job,
+        settings,
+        cron=cron,
+        time_zone=time_zone or was.get("timeZone") or DEFAULT_ZONE,
+        start_deadline_s=start_deadline_s,
+        suspend=was.get("suspend", False),
     )
-    ours(cluster, "CronJob", job.name)
     refuse_wrong(run_checks(cluster, settings, job, [config, item]), say)
+    send()
     sweep(cluster)
     ensure_config(cluster, config)
     try:
@@ -124,12 +137,6 @@ def find(cluster: Cluster, name: str) -> Object:
         where = f"{cluster.namespace}/{name}"
         raise JobError(ExitCode.NOT_FOUND, where, "there is no such schedule", do)
     return item
-
-
-def zone_of(cluster: Cluster, name: str) -> str:
-    """Return the time zone of a schedule that is there, or the default of a new one."""
-    item = cluster.get("CronJob", name)
-    return str(item["spec"].get("timeZone") or DEFAULT_ZONE) if item else DEFAULT_ZONE
 
 
 def suspend(cluster: Cluster, name: str, *, on: bool) -> None:

@@ -25,49 +25,57 @@ Outcome = Literal["created", "attached", "resumed", "created again"]
 ORPHAN_S = 600.0
 
 
-def submit(
-    cluster: Cluster, settings: ClusterConfig, job: JobConfig, run: str, *, stop: Stop, say: Say
-) -> Outcome:
-    """Check, then make sure that the run has exactly one Job; return what was done for it.
+def attach(cluster: Cluster, settings: ClusterConfig, job: JobConfig, run: str) -> Outcome | None:
+    """Leave the run's Job, if there is one that did not fail; let it go on if it was ending.
 
     Raises:
-        JobError: whatever the cluster refuses; 73 for a Job of that name that is not ours, or
-            that was made from another cluster file.
+        JobError: 73 for a Job of that name that is not ours, that is just being deleted, or that
+            goes on with other settings than these.
+    """
+    there = _unless_ending(ours(cluster, "Job", run))
+    if there is None or condition(there, "Failed"):
+        return None
+    if condition(there, "Complete"):
+        return "attached"
+    notes = there["metadata"].get("annotations") or {}
+    wanted = objects(job, settings, run=run)[1]["metadata"]["annotations"][MADE_FROM]
+    if notes.get(MADE_FROM, wanted) != wanted:
+        what = "it runs with another cluster file"
+        do = f"`lora-job cancel {run} -n {cluster.namespace}` first, or --new for another run"
+        raise JobError(ExitCode.TAKEN, run, what, do)
+    return "resumed" if _resume(cluster, there) else "attached"
+
+
+def create(
+    cluster: Cluster,
+    settings: ClusterConfig,
+    job: JobConfig,
+    run: str,
+    *,
+    send: Callable[[], None],
+    stop: Stop,
+    say: Say,
+) -> Outcome:
+    """Look at the cluster, send the run's inputs, and make its Job; one that failed goes first.
+
+    Raises:
+        JobError: 78 for what is wrong with the cluster; whatever the cluster or the store refuses.
     """
     config, manifest = objects(job, settings, run=run)
-    there = _unless_ending(ours(cluster, "Job", run))
-    if there is not None and not condition(there, "Failed"):
-        return _attach(cluster, there, manifest)
     refuse_wrong(run_checks(cluster, settings, job, [config, manifest]), say)
-    if there is not None:
+    send()
+    failed = ours(cluster, "Job", run)
+    if failed is not None and condition(failed, "Failed"):
         say(f"the Job failed before: deleting it, {run} goes on from its checkpoint")
-        _delete(cluster, there, stop, say)
+        _delete(cluster, failed, stop, say)
     sweep(cluster)
     ensure_config(cluster, config)
     try:
         created = cluster.create(manifest).body
-    except AlreadyExistsError:
-        other = ours(cluster, "Job", run)
-        return _attach(cluster, other, manifest) if other else "attached"
+    except AlreadyExistsError:  # somebody else submitted it meanwhile
+        return attach(cluster, settings, job, run) or "attached"
     own(cluster, config["metadata"]["name"], created)
-    return "created again" if there else "created"
-
-
-def _attach(cluster: Cluster, there: Object, manifest: Object) -> Outcome:
-    """Leave the Job that is there, if it is the one we would make; let it go on if it was ending.
-
-    Raises:
-        JobError: 73 for an unfinished Job that was made from other settings.
-    """
-    if condition(there, "Complete"):
-        return "attached"
-    name, notes = there["metadata"]["name"], there["metadata"].get("annotations") or {}
-    wanted = manifest["metadata"]["annotations"][MADE_FROM]
-    if notes.get(MADE_FROM, wanted) != wanted:
-        what = "it runs with another cluster file"
-        do = f"`lora-job cancel {name} -n {cluster.namespace}` first, or --new for another run"
-        raise JobError(ExitCode.TAKEN, name, what, do)
-    return "resumed" if _resume(cluster, there) else "attached"
+    return "created again" if failed else "created"
 
 
 def _resume(cluster: Cluster, job: Object) -> bool:
@@ -87,7 +95,7 @@ def refuse_wrong(findings: Iterable[Finding], say: Say) -> None:
     """Tell all findings that are not plainly ok, and refuse if one is wrong.
 
     Raises:
-        JobError: 78 with everything that is wrong.
+        JobError: everything that is wrong, with the code of the first.
     """
     wrong = []
     for one in findings:
@@ -97,7 +105,9 @@ def refuse_wrong(findings: Iterable[Finding], say: Say) -> None:
             say(str(one))
     if wrong:
         what = "; ".join(f"{one.check}: {one.what}" for one in wrong)
-        raise JobError(ExitCode.CONFIG, "cluster", what, "; ".join(one.do for one in wrong))
+        raise JobError(
+            wrong[0].code or ExitCode.CONFIG, "cluster", what, "; ".join(one.do for one in wrong)
+        )
 
 
 def ours(cluster: Cluster, kind: str, name: str) -> Object | None:

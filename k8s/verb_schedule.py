@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,14 @@ def _create_schedule(job: JobConfig, arguments: argparse.Namespace) -> Cluster:
     zone = arguments.time_zone or schedule.DEFAULT_ZONE
     schedule.next_times(arguments.cron, zone, after=datetime.now(UTC))
     cluster = open_cluster(settings)
+    placed, local = inputs.place(job, stop=stop)
     schedule.schedule(
         cluster,
         with_grace(job, settings, job.name, say=say),
-        inputs.upload(job, stop=stop, say=say),
+        placed,
+        send=partial(inputs.send, placed, local, stop=stop, say=say),
         cron=arguments.cron,
-        time_zone=arguments.time_zone or schedule.zone_of(cluster, job.name),
+        time_zone=arguments.time_zone,
         start_deadline_s=arguments.start_deadline,
         say=say,
     )

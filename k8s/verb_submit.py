@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from k8s.terminal import (
@@ -19,7 +20,10 @@ from k8s.terminal import (
 )
 
 if TYPE_CHECKING:
+    from job.config import JobConfig
+    from job.stop import Stop
     from k8s.cluster import Cluster
+    from k8s.config import ClusterConfig
     from k8s.runs import Run
 
 
@@ -29,28 +33,41 @@ DETACHED = 130
 
 def call(arguments: argparse.Namespace) -> int:
     """Submit a job file, and print the run's id or follow it."""
-    from k8s import inputs, submit
-    from k8s.checks import pod_of
-    from k8s.grace import with_grace
-    from k8s.local_checks import check_locally
-    from k8s.render import objects, run_name
+    from k8s.inputs import place, send
+    from k8s.render import run_name
+    from k8s.submit import attach, create
 
     settings, job, stop = settings_of(arguments), load(arguments.job), new_stop()
-    cluster, checkpoint_bytes = open_cluster(settings), 0
-    if not arguments.no_data_checks:
-        _, manifest = objects(job, settings, run=run_name(job))
-        checkpoint_bytes = check_locally(job, pod_of([manifest]), stop=stop, say=say)
-    job = inputs.upload(job, stop=stop, say=say)
-    run = run_name(job, new=str(time.time_ns()) if arguments.new else None)
-    if not arguments.no_data_checks:
-        settings = with_grace(job, settings, run, say=say, checkpoint_bytes=checkpoint_bytes)
-    with waiting(f"submitting {run}"):
-        outcome = submit.submit(cluster, settings, job, run, stop=stop, say=say)
+    cluster = open_cluster(settings)
+    placed, inputs = place(job, stop=stop)
+    run = run_name(placed, new=str(time.time_ns()) if arguments.new else None)
+    # A run that is there is joined before anything is looked at, which takes far longer.
+    outcome = attach(cluster, settings, placed, run)
+    if outcome is None:
+        if not arguments.no_data_checks:
+            settings = _looked_at(job, placed, settings, run, stop)
+        with waiting(f"submitting {run}"):
+            sending = partial(send, placed, inputs, stop=stop, say=say)
+            outcome = create(cluster, settings, placed, run, send=sending, stop=stop, say=say)
     say(f"{run}: {outcome}; see it: lora-job status {run} -n {cluster.namespace}")
     if arguments.follow:
         return _follow(cluster, run, arguments)
     print_json({"run": run, "outcome": outcome}) if wants_json(arguments) else print(run)
     return 0
+
+
+def _looked_at(
+    job: JobConfig, placed: JobConfig, settings: ClusterConfig, run: str, stop: Stop
+) -> ClusterConfig:
+    """Check the run on this machine; return its settings with the grace period that it needs."""
+    from k8s.checks import pod_of
+    from k8s.grace import with_grace
+    from k8s.local_checks import check_locally
+    from k8s.render import objects
+
+    pod = pod_of([*objects(placed, settings, run=run)])
+    saved = check_locally(job, pod, stop=stop, say=say)
+    return with_grace(placed, settings, run, say=say, checkpoint_bytes=saved)
 
 
 def _follow(cluster: Cluster, run: str, arguments: argparse.Namespace) -> int:

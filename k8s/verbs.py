@@ -90,7 +90,8 @@ def _add_schedule(verbs: Any) -> None:
     parser.add_argument(
         "--time-zone", metavar="ZONE", help="Europe/Berlin; by itself as it was, or Etc/UTC"
     )
-    parser.add_argument("--start-deadline", type=int, default=3600, metavar="SECONDS")
+    late = "how late a night may start; by itself as it was, or 3600"
+    parser.add_argument("--start-deadline", type=int, metavar="SECONDS", help=late)
     deed = parser.add_mutually_exclusive_group()
     for flag, text in (
         ("--run-now", "fire it now"),
@@ -140,12 +141,13 @@ def _output(parser: Any) -> None:
 
 def _render(arguments: argparse.Namespace) -> int:
     from k8s.grace import with_grace
-    from k8s.inputs import local_inputs
+    from k8s.inputs import place
     from k8s.render import objects, run_name, to_yaml
 
     settings, job = settings_of(arguments), load(arguments.job)
-    for key, path in local_inputs(job).items():
-        say(f"{key}: submit uploads {path} first, and puts its place in the store here")
+    job, inputs = place(job, stop=new_stop())
+    for one in inputs:
+        say(f"{one.folder}: submit uploads it first; a run without it ends with 66")
     run = run_name(job)
     if not arguments.no_data_checks:
         settings = with_grace(job, settings, run, say=say)
@@ -266,11 +268,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     items = list(objects(job, settings, run=run_name(job)))
     findings = list(run_checks(cluster, settings, job, items))
     if not arguments.no_data_checks:
-        local = local_findings(look(job, stop=stop), job, pod_of(items))
-        findings += [one for _, one in local]
+        findings += local_findings(look(job, stop=stop), job, pod_of(items))
     if wants_json(arguments):
         print_json([asdict(one) for one in findings])
     else:
         for one in findings:
             print(f"{one.state:<20}{one.check}: {one.what}" + (f"; {one.do}" if one.do else ""))
-    return int(ExitCode.CONFIG) if any(one.state == "wrong" for one in findings) else 0
+    return next((int(one.code or ExitCode.CONFIG) for one in findings if one.state == "wrong"), 0)

@@ -55,6 +55,13 @@ class Bucket:
         found = pages.paginate(Bucket=servers.BUCKET, Prefix=path)
         return [item["Key"] for page in found for item in page.get("Contents", [])]
 
+    def put(self, path: Path, uri: str) -> None:
+        """Copy a file, or the files of a flat folder, to where ``uri`` says."""
+        key = uri.removeprefix(f"s3://{servers.BUCKET}/")
+        files = {f"{key}/{it.name}": it for it in path.iterdir()} if path.is_dir() else {key: path}
+        for place, file in files.items():
+            self.client.upload_file(str(file), servers.BUCKET, place)
+
 
 @contextlib.contextmanager
 def bucket(folder: Path) -> Iterator[Bucket]:
@@ -158,10 +165,16 @@ class Mission:
         return self.types(*words).strip()
 
     def apply(self, name: str, **changes: Any) -> str:
-        """Create what `render` prints: submit refuses a GPU for a job of this CPU."""
+        """Create what `render` prints, with its inputs where that says: as one does without submit.
+
+        (Which refuses a GPU for a job of this CPU.)
+        """
         job, cluster = self.files(name, **changes)
         text = self.types("render", job, "--cluster", cluster, "--no-data-checks")
         config, item = yaml.safe_load_all(text)
+        placed = yaml.safe_load(config["data"]["job.yaml"])
+        self.s3.put(self.folder / "base", placed["model"]["source"])
+        self.s3.put(self.folder / "rows.jsonl", placed["data"]["source"])
         self.machine.plane.create(f"{CORE.format(self.namespace)}/configmaps", config)
         self.machine.plane.create(f"{BATCH.format(self.namespace)}/jobs", item)
         return str(item["metadata"]["name"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from controlplane import ControlPlane
-from submitting import JOB, Person, person
+from submitting import JOB, Person, person, rules
 
 Object = dict[str, Any]
 
@@ -323,7 +323,8 @@ def test_schedule_is_created_changed_fired_once_and_deleted(
     """A second fire of the same minute is one run; a changed job file replaces the old one."""
     job_path, cluster_path = me.write()
     line = ["--cluster", cluster_path, "--cron", "0 2 * * *", "--time-zone", "Europe/Berlin"]
-    code, out, err = me.types("schedule", job_path, *line, "-o", "json")
+    late = ["--start-deadline", "600"]
+    code, out, err = me.types("schedule", job_path, *line, *late, "-o", "json")
     assert code == 0, err
     assert len(json.loads(out)["next"]) == 3
     path = f"/apis/batch/v1/namespaces/{me.namespace}/cronjobs/night"
@@ -336,8 +337,12 @@ def test_schedule_is_created_changed_fired_once_and_deleted(
     (config,) = configs(controllers, me.namespace)
     assert config["metadata"]["name"] != old
     me.write(platform="aks")
+    assert me.types("schedule", "night", "--suspend")[0] == 0
     assert me.types("schedule", job_path, *line[:4])[0] == 0
-    assert controllers.get(path)["spec"]["timeZone"] == "Europe/Berlin"
+    spec = controllers.get(path)["spec"]
+    assert (spec["timeZone"], spec["startingDeadlineSeconds"]) == ("Europe/Berlin", 600)
+    assert spec["suspend"] is True
+    assert me.types("schedule", "night", "--resume")[0] == 0
     pod = controllers.get(path)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "Standard_ND96isr_H100_v5"}
 
@@ -419,7 +424,7 @@ def test_doctor_tells_of_this_machine_too(me: Person) -> None:
     job = job.replace("hf://Qwen/Qwen3-0.6B@main", "package:nobody_has/it.gguf")
     job_path, cluster_path = me.write(job=job)
     code, out, err = me.types("doctor", job_path, "--cluster", cluster_path, "-o", "json")
-    assert code == 78, err
+    assert code == 66, err
     found = {one["check"]: one for one in json.loads(out)}
     assert found["dry run"]["state"] == "ok"
     assert found["data"]["state"] == found["model"]["state"] == "wrong"
@@ -438,3 +443,49 @@ def test_a_gpu_count_that_no_node_holds_is_refused(me: Person, controllers: Cont
     assert "asks for 4 nvidia.com/gpu, the largest matching node has 1" in err
     assert jobs(controllers, me.namespace) == []
     assert me.submits(gpus=1, node_selector=only(me.namespace))[0] == 0
+
+
+def test_data_is_sent_only_for_a_run_that_is_made(
+    me: Person, controllers: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing for a submit that the cluster refuses; a run that is there is joined at once."""
+    from job.stop import Stop
+    from job.store.folder import FolderStore
+
+    sent = me.folder / "sent"
+    sent.mkdir()
+    monkeypatch.setattr("job.store.open_store", lambda *_, **__: FolderStore(sent, stop=Stop()))
+    rows = me.folder / "rows.jsonl"
+    rows.write_text("{}\n")
+    job = JOB.replace("hf://HuggingFaceH4/Multilingual-Thinking", str(rows))
+    code, _, err = me.submits(job=job, image="registry.example/it:latest", require_digest=True)
+    assert (code, list(sent.rglob("rows.jsonl"))) == (78, []), err
+    code, run, err = me.submits(job=job)
+    assert (code, len(list(sent.rglob("rows.jsonl")))) == (0, 1), err
+
+    checks = "k8s.local_checks.check_locally"
+    monkeypatch.setattr(checks, lambda *_, **__: pytest.fail("looked at the data"))
+    job_path, cluster_path = me.write(job=job)
+    code, out, err = me.types("submit", job_path, "--cluster", cluster_path)
+    assert (code, out) == (0, run), err
+    assert "attached" in err
+    assert len(jobs(controllers, me.namespace)) == 1
+
+
+def test_doctor_goes_on_where_a_role_may_not_create_jobs(
+    me: Person, controllers: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole report, and 77 with the verb and the resource."""
+    looks = [
+        {**rule, "verbs": [verb for verb in rule["verbs"] if verb != "create"]}
+        for rule in rules("submitter")
+    ]
+    config = controllers.user(me.namespace, looks, name="viewer")
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    job_path, cluster_path = me.write()
+    words = ("doctor", job_path, "--cluster", cluster_path, "-o", "json", "--no-data-checks")
+    code, out, err = me.types(*words)
+    assert code == 77, err
+    found = {one["check"]: one for one in json.loads(out)}
+    assert found["namespace"]["state"] == "ok"
+    assert "may not create" in found["dry run"]["what"]

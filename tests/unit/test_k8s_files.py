@@ -15,7 +15,7 @@ from job.config import JobConfig, parse
 from job.errors import JobError
 from k8s import cli
 from k8s.config import CacheSection, ClusterConfig, load_cluster
-from k8s.inputs import local_inputs, upload
+from k8s.inputs import local_inputs, place, send
 from k8s.render import job_file
 
 ROOT = Path(__file__).parents[2]
@@ -240,15 +240,19 @@ def test_local_data_goes_to_the_store_under_its_content(
     job = parse(JOB.replace('{source: "hf://org/data"}', source), JobConfig, where="job")
     assert set(local_inputs(job)) == {"data.source", "data.held_out"}
     said: list[str] = []
-    sent = upload(job, stop=Stop(), say=said.append)
-    assert sent.data.source.startswith("s3://models/adapters/_inputs/")
-    assert sent.data.source.endswith("/train.jsonl")
+    placed, inputs = place(job, stop=Stop())
+    assert placed.data.source.startswith("s3://models/adapters/_inputs/")
+    assert placed.data.source.endswith("/train.jsonl")
+    assert not local_inputs(placed)
+    assert not list((tmp_path / "remote").rglob("train.jsonl"))
+    for _ in range(2):
+        send(placed, inputs, stop=Stop(), say=said.append)
     assert len(said) == 2
-    assert not local_inputs(sent)
-    again = upload(job, stop=Stop(), say=said.append)
-    assert (again, len(said)) == (sent, 2)
-    assert again.run_name == sent.run_name != job.run_name
-    assert "_inputs" in job_file(sent)
+    for one in inputs:
+        for name, file in one.files.items():
+            assert (tmp_path / "remote" / one.folder / name).read_bytes() == file.read_bytes()
+    assert place(job, stop=Stop())[0].run_name == placed.run_name != job.run_name
+    assert "_inputs" in job_file(placed)
 
 
 def test_a_model_in_a_package_goes_to_the_store_too(
@@ -257,17 +261,16 @@ def test_a_model_in_a_package_goes_to_the_store_too(
     """The image has none of this machine's packages."""
     from job.stop import Stop
 
-    _remote(tmp_path, monkeypatch)
     (tmp_path / "carrier").mkdir()
     (tmp_path / "carrier/small.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     text = JOB.replace("hf://Qwen/Qwen3-0.6B", "package:carrier/small.gguf")
-    sent = upload(parse(text, JobConfig, where="job"), stop=Stop(), say=lambda _: None)
-    assert sent.model.source.startswith("s3://models/adapters/_inputs/")
-    assert sent.model.source.endswith("/small.gguf")
+    placed, [one] = place(parse(text, JobConfig, where="job"), stop=Stop())
+    assert placed.model.source == f"s3://models/adapters/{one.folder}/small.gguf"
+    assert one.files["small.gguf"].read_bytes() == b"GGUF"
     gone = parse(text.replace("carrier", "nobody_has_it"), JobConfig, where="job")
     with pytest.raises(JobError, match="no package nobody_has_it"):
-        upload(gone, stop=Stop(), say=lambda _: None)
+        place(gone, stop=Stop())
 
 
 def test_local_data_that_is_not_there_is_66(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_local_data_that_is_not_there_is_66(tmp_path: Path) -> None:
 
     job = parse(JOB.replace("hf://org/data", f"{tmp_path}/no.jsonl"), JobConfig, where="job")
     with pytest.raises(JobError, match=r"data\.source") as caught:
-        upload(job, stop=Stop(), say=lambda _: None)
+        place(job, stop=Stop())
     assert caught.value.code == 66
 
 

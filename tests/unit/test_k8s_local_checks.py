@@ -64,10 +64,10 @@ def test_more_memory_than_an_h100_has_is_a_warning(monkeypatch: pytest.MonkeyPat
 def test_doctor_tells_every_fault_of_this_machine_and_what_it_left_out() -> None:
     """One does not hide the next; without the extra it says so."""
     report = {"checks": [_fault("data", 66) | {"where": "x.jsonl"}, _fault("rows", 65)]}
-    found = [one for _, one in local_findings(report | {"disk": {"total": 120 << 30}}, JOB, POD)]
+    found = list(local_findings(report | {"disk": {"total": 120 << 30}}, JOB, POD))
     assert [one.state for one in found] == ["wrong"] * 3
     assert found[0].what == "x.jsonl: w"
-    [(_, left)] = local_findings({"checks": [], "missing": "torch"}, JOB, POD)
+    [left] = local_findings({"checks": [], "missing": "torch"}, JOB, POD)
     assert (left.state, left.what) == ("warning", "left out: torch is not installed")
 
 
@@ -79,5 +79,5 @@ def test_the_check_finds_a_file_and_a_package_that_are_not_there(
     text += f"data: {{source: {tmp_path}/no.jsonl}}\n"
     monkeypatch.chdir(tmp_path)
     report = look(parse(text, JobConfig, where="job.yaml"), stop=Stop())
-    found = {one.check: (code, one.state) for code, one in local_findings(report, JOB, POD)}
+    found = {one.check: (one.code, one.state) for one in local_findings(report, JOB, POD)}
     assert found["model"] == found["data"] == (66, "wrong")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from job.errors import JobError
 from k8s import cli, verb_schedule
-from k8s.schedule import next_times, zone_of
+from k8s.schedule import next_times
 
 CRON: dict[str, Any] = {
     "metadata": {"name": "night", "uid": "u"},
@@ -116,17 +115,3 @@ def test_a_time_zone_that_does_not_exist(zone: str) -> None:
     with pytest.raises(JobError, match="tz database") as caught:
         next_times("0 2 * * *", zone, after=AFTER)
     assert caught.value.code == 78
-
-
-@pytest.mark.parametrize(
-    ("there", "zone"),
-    [
-        (None, "Etc/UTC"),
-        ({"spec": {}}, "Etc/UTC"),
-        ({"spec": {"timeZone": "Europe/Berlin"}}, "Europe/Berlin"),
-    ],
-)
-def test_a_schedule_keeps_its_zone(there: Any, zone: str) -> None:
-    """A changed line without --time-zone does not move the night."""
-    cluster: Any = SimpleNamespace(get=lambda *_: there)
-    assert zone_of(cluster, "night") == zone

@@ -10,10 +10,9 @@ import structlog
 from job import logs
 from job.config import JobConfig, parse
 from job.errors import JobError
-from job.stop import Stop
 from k8s.config import ClusterConfig
 from k8s.render import objects
-from k8s.submit import submit
+from k8s.submit import attach
 from k8s.terminal import new_stop
 
 Object = dict[str, Any]
@@ -59,7 +58,7 @@ def _holding(settings: ClusterConfig, *workloads: Object, suspend: bool = False)
 
 
 def _submits(cluster: Any, settings: ClusterConfig) -> str:
-    return submit(cluster, settings, JOB, "run-1", stop=Stop(), say=lambda _: None)
+    return attach(cluster, settings, JOB, "run-1")
 
 
 @pytest.mark.parametrize(
