@@ -50,8 +50,8 @@ clean: ## Remove what was built and what the demo wrote
 bench: setup .venv/.demo ## Training on this CPU against TRL's own trainer, the demo's model and rows
 	$(RUN)/python tests/bench/bench_train.py
 
-bench-gpu: setup ## Training on one GPU, full-size random models (ONLY=gpt-oss|llama3-8b|qwen2.5-7b|qwen2.5-1.5b)
-	$(RUN)/python tests/bench/bench_gpu.py $(if $(ONLY),--only $(ONLY))
+bench-gpu: setup ## Training on one GPU, full-size random models (ONLY=gpt-oss|llama3-8b|qwen2.5-7b|qwen2.5-1.5b, PROFILE=1)
+	$(RUN)/python tests/bench/bench_gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile)
 
 test-gpu: setup ## Run the tests that need a CUDA device
 	$(PYTEST) tests/gpu

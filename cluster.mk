@@ -25,7 +25,7 @@ node-tools: ## Install what a real node needs (apt, as root) and build its kubel
 	tests/node/tools.sh
 
 test-node: setup node-tools ## The whole mission on a real node (needs root)
-	$(PYTEST) tests/node
+	$(PYTEST) --durations 20 tests/node
 
 bench-cluster: setup control-plane ## The verbs of a cluster among 5,000 finished runs (kwok)
 	tests/cluster/build.sh kwok

@@ -185,7 +185,9 @@ class TrainSection(Section):
     """Ranks in the pod; by itself one for each GPU. A step has `batch_size` × so many more rows."""
     sharding: Literal["none", "fsdp2"] = "none"
     """Whether ranks share the base's layers out (fsdp2): for a base that one GPU can't hold."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Whether layers are computed anew in the backward pass, which takes a third more time. auto:
+    only if a step does not fit in memory without it (tried on a GPU, estimated on a CPU)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0

@@ -20,6 +20,8 @@ CUDA_BYTES = 1.2e9
 """Context, cuBLAS workspaces and what the allocator keeps apart."""
 CPU_BYTES = 0.6e9
 """Python, torch and the libraries themselves."""
+KEPT_SHARE = 0.5
+"""Of a machine's memory, for a training that keeps all its activations: others live there too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +116,33 @@ def planned_steps(section: TrainSection, num_rows: int, num_processes: int) -> i
     return math.ceil(section.epochs * math.ceil(batches / at_once))
 
 
-def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
+def recomputes(job: JobConfig, shape: Shape, longest: int) -> bool:
+    """Return whether layers will be computed anew in the backward pass, as far as can be told here.
+
+    A GPU is not asked: there the training tries, and this says what takes the least memory.
+    """
+    wish = job.train.gradient_checkpointing
+    if wish != "auto":
+        return wish
+    here = available_bytes(job.device)
+    if here is None or job.train.sharding != "none":
+        return True
+    return sum(memory(job, shape, longest, recompute=False).values()) > KEPT_SHARE * here
+
+
+def memory(
+    job: JobConfig, shape: Shape, longest: int, *, recompute: bool | None = None
+) -> dict[str, int]:
     """Return the peak of training in bytes, by terms: on each GPU, or of all ranks on a CPU.
 
     Args:
         job: The job file.
         shape: Sizes of base and adapter.
         longest: Tokens of the longest row, T.
+        recompute: Whether layers are computed anew; by itself what :func:`recomputes` says.
     """
+    if recompute is None:
+        recompute = recomputes(job, shape, longest)
     rows, each = job.train.batch_size, shape.bytes_each
     tokens = rows * longest
     attention = tokens * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -131,7 +152,7 @@ def memory(job: JobConfig, shape: Shape, longest: int) -> dict[str, int]:
         # Scores, their softmax in fp32, and its gradient.
         layer += rows * shape.heads * longest**2 * (each + 8)
     kept = shape.layers * tokens * shape.hidden * each
-    activations = kept + 2 * layer if job.train.gradient_checkpointing else shape.layers * layer
+    activations = kept + 2 * layer if recompute else shape.layers * layer
     tile = min(TILE_BYTES, tokens * shape.vocabulary * 4)
     terms = {
         "weights": _held_parameters(job, shape) * each,

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def fingerprints(job: JobConfig, model: Source, dataset: Dataset) -> dict[str, s
         "tokenizer": fingerprint({n: sha256_file(tokenizer / n) for n in list_files(tokenizer)}),
         "versions": ", ".join(f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A checkpoint on the local disk."""
+
+    folder: Path
+    state: CheckpointState
 
 
 def read_state(folder: Path, fingerprint: dict[str, str]) -> CheckpointState:

@@ -34,7 +34,7 @@ def memory_explained(model: Any, job: JobConfig) -> Iterator[None]:
             ExitCode.OUT_OF_RESOURCES,
             f"train on {job.device}",
             f"out of memory: {terms(model, job)} ({words.strip().splitlines()[0][:160]})",
-            mend(job),
+            mend(model, job),
         ) from error
 
 
@@ -60,10 +60,10 @@ def terms(model: Any, job: JobConfig) -> str:
     return f"{told} of {total / 1e9:.0f} GB" if total else told
 
 
-def mend(job: JobConfig) -> str:
+def mend(model: Any, job: JobConfig) -> str:
     """Return the setting that gives most memory back at the least cost."""
     section = job.train
-    if not section.gradient_checkpointing:
+    if section.gradient_checkpointing is not True and not model.is_activation_checkpointing:
         return "set train.gradient_checkpointing: true"
     if section.batch_size > 1:
         half, twice = section.batch_size // 2, section.gradient_accumulation * 2

@@ -26,7 +26,7 @@ from job.progress import Progress
 from job.stop import RUNS_PATIENCE_S, SIGNALS, Stop, preempted
 
 if TYPE_CHECKING:
-    from job.train.checkpoints import CheckpointState
+    from job.train.checkpoints import Restored
 
 BUG = 1
 PR_SET_PDEATHSIG = 1
@@ -41,7 +41,7 @@ class Task:
     dataset: Dataset
     folder: Path
     parts: dict[str, str]
-    resumed: CheckpointState | None
+    restored: Restored | None
     run_id: str
     line: Line
     stopping: Any
@@ -150,10 +150,7 @@ def _train(task: Task, rank: int, folder: Path) -> dict[str, Any] | None:
         stop=RankStop(task.stopping),
         progress=RankProgress(task.line) if rank == 0 else silent,
     )
-    restored = task.folder / "restored"
-    adapter = fit(
-        context, task.model, task.dataset, folder, task.parts, restored, task.resumed, Group()
-    )
+    adapter = fit(context, task.model, task.dataset, folder, task.parts, task.restored, Group())
     dist.destroy_process_group()
     return adapter.model_dump(mode="json") if rank == 0 else None
 

@@ -26,7 +26,7 @@ from job.train.rank import BUG, Line, Task, error_of, rank_main, record_of
 
 if TYPE_CHECKING:
     from job.context import Context
-    from job.train.checkpoints import CheckpointState
+    from job.train.checkpoints import Restored
 
 log = structlog.get_logger()
 
@@ -41,7 +41,7 @@ def train_in_ranks(
     dataset: Dataset,
     folder: Path,
     parts: dict[str, str],
-    resumed: CheckpointState | None,
+    restored: Restored | None,
     count: int,
 ) -> Adapter:
     """Train with ``count`` processes, and return what rank 0 made.
@@ -57,7 +57,7 @@ def train_in_ranks(
         dataset=dataset,
         folder=folder,
         parts=parts,
-        resumed=resumed,
+        restored=restored,
         run_id=context.attempt.run_id,
         line=Line(there),
         stopping=spawn.Event(),

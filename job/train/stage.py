@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +13,15 @@ import structlog
 
 from job.artifacts import Adapter, Dataset, Source, reuse
 from job.files import fingerprint, write_json
-from job.train.checkpoints import fingerprints, read_state
+from job.train.checkpoints import Restored, fingerprints, read_state
 
 if TYPE_CHECKING:
     from job.context import Context
-    from job.train.checkpoints import CheckpointState
 
 log = structlog.get_logger()
+
+BAKED = Path(__file__).parents[2] / "compiled"
+"""Kernels in the image, compiled when it was made: see docker/compiled."""
 
 
 def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
@@ -40,13 +44,27 @@ def train(context: Context, model: Source, dataset: Dataset) -> Adapter:
 
 
 def _keep_compiled(context: Context) -> None:
-    """Let what is compiled for a GPU outlive the pod, where it has a folder that does."""
-    if context.cache is None or context.job.device != "cuda":
+    """Begin with the kernels that the image has, and let new ones outlive the pod where they can."""
+    if context.job.device != "cuda":
         return
     for name, kind in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
-        folder = context.cache / "compiled" / kind
+        given = str(context.cache / "compiled" / kind) if context.cache else os.environ.get(name)
+        if given is None:
+            continue
+        folder = Path(given)
+        if (BAKED / kind).is_dir() and not folder.exists():
+            _copy_whole(BAKED / kind, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ[name] = str(folder)
+        os.environ[name] = given
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder aside, then rename it: a pod beside this one sees all of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        copy = shutil.copytree(source, Path(aside, target.name))
+        with contextlib.suppress(OSError):  # the other pod was faster
+            copy.rename(target)
 
 
 def _train(
@@ -54,18 +72,17 @@ def _train(
 ) -> Adapter:
     from job.train.devices import num_processes
 
-    restored = folder / "restored"
-    resumed = _restore(context, restored, parts)
+    restored = _restore(context, folder / "restored", parts)
     count = num_processes(context.job)
     if count > 1:
         from job.train.ranks import train_in_ranks
 
-        adapter = train_in_ranks(context, model, dataset, folder, parts, resumed, count)
+        adapter = train_in_ranks(context, model, dataset, folder, parts, restored, count)
     else:
         from job.train.fit import fit
         from job.train.peers import ALONE
 
-        adapter = fit(context, model, dataset, folder, parts, restored, resumed, ALONE)
+        adapter = fit(context, model, dataset, folder, parts, restored, ALONE)
     # A list: the order of the parts tells the story.
     write_json(folder / "startup.json", {"parts": list(context.progress.startup().items())})
     for scratch in ("restored", "trainer"):
@@ -73,7 +90,7 @@ def _train(
     return adapter
 
 
-def _restore(context: Context, folder: Path, parts: dict[str, str]) -> CheckpointState | None:
+def _restore(context: Context, folder: Path, parts: dict[str, str]) -> Restored | None:
     """Fetch the newest valid checkpoint into ``folder``; None if this run has none yet."""
     shutil.rmtree(folder, ignore_errors=True)
     if context.attempt.restore_checkpoint(folder) is None:
@@ -81,4 +98,4 @@ def _restore(context: Context, folder: Path, parts: dict[str, str]) -> Checkpoin
         return None
     state = read_state(folder, parts)
     log.info("checkpoint_restored", step=state.step, spent_s=round(state.duration_s, 1))
-    return state
+    return Restored(folder, state)

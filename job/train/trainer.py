@@ -10,7 +10,6 @@ import torch
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from job.artifacts import Dataset
 from job.config import JobConfig
 from job.estimate import planned_steps
 from job.train.checkpoints import CheckpointState, load_optimizer, load_weights
@@ -104,23 +103,23 @@ def make_trainer(
     model: Any,
     tokenizer: Any,
     rows: Any,
-    dataset: Dataset,
+    collate: Collator,
     job: JobConfig,
     folder: Path,
     *,
-    packed: bool,
+    recompute: bool,
     peers: Peers = ALONE,
 ) -> LoraTrainer:
     """Return the trainer of one run."""
-    section = job.train
+    num_steps = planned_steps(job.train, len(rows), peers.size)
     with warnings.catch_warnings():
         # TRL still says gradient_checkpointing, and transformers wants another word for it.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = LoraTrainer(
             model=model,
-            args=_arguments(job, planned_steps(section, len(rows), peers.size), model, folder),
+            args=_arguments(job, num_steps, model, folder, recompute=recompute),
             train_dataset=(rows if peers.size == 1 else with_blank(rows)).with_format("numpy"),
-            data_collator=Collator(dataset.pad_token_id, packed=packed),
+            data_collator=collate,
             processing_class=tokenizer,
         )
     # It prints to stdout, which is for data.
@@ -131,7 +130,9 @@ def make_trainer(
     return trainer
 
 
-def _arguments(job: JobConfig, num_steps: int, model: Any, folder: Path) -> SFTConfig:
+def _arguments(
+    job: JobConfig, num_steps: int, model: Any, folder: Path, *, recompute: bool
+) -> SFTConfig:
     """Return the settings: everything that matters is said, nothing is left to a default."""
     section = job.train
     cosine = section.scheduler == "cosine_with_min_lr"
@@ -144,7 +145,7 @@ def _arguments(job: JobConfig, num_steps: int, model: Any, folder: Path) -> SFTC
         max_steps=num_steps,
         per_device_train_batch_size=section.batch_size,
         gradient_accumulation_steps=section.gradient_accumulation,
-        gradient_checkpointing=section.gradient_checkpointing,
+        gradient_checkpointing=recompute,
         learning_rate=section.learning_rate,
         lr_scheduler_type=section.scheduler,
         lr_scheduler_kwargs={"min_lr_rate": section.min_lr_rate} if cosine else {},

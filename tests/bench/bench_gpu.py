@@ -1,6 +1,7 @@
 """Training on one GPU: full-size models with random weights, every lever alone and all together.
 
     make bench-gpu                    # every part; or ONLY=gpt-oss, llama3-8b, qwen2.5-7b, ...
+    make bench-gpu ONLY=gpt-oss PROFILE=1
     python tests/bench/bench_gpu.py --only gpt-oss --out bench/gpu
 
 No network: weights are drawn on the card, and so are rows of lengths like those of
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -220,16 +220,7 @@ def measure(bench: Bench, way: Way, *, warm: int, steps: int) -> dict[str, Any]:
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = _clock(bench.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        make = _recipe if way.recipe else _ours
-        trainer, counts = make(bench, way, warm + steps, Path(scratch), clock)
-        try:
-            trainer.train()
-        finally:
-            # Also after running out of memory: the next way takes the base as it was.
-            bench.base = _bare(trainer)
-            for norm, kind in bench.norms.items():
-                norm.__class__ = kind
+    counts = _train(bench, way, warm + steps, clock)
     taken = sum(clock.seconds[warm:])
     # Micro-batches, four a step; the loader may have fetched more than were trained on.
     tokens = sum(counts[warm * 4 : (warm + steps) * 4])
@@ -247,12 +238,35 @@ def measure(bench: Bench, way: Way, *, warm: int, steps: int) -> dict[str, Any]:
     }
 
 
+def profile(bench: Bench, way: Way) -> str:
+    """Return where the time of two warm steps goes, by operation."""
+    profiler = _profiler(bench.device)
+    _train(bench, way, 3, profiler)
+    key = f"self_{'device' if bench.device == 'cuda' else 'cpu'}_time_total"
+    return str(profiler.seen.key_averages().table(sort_by=key, row_limit=40))
+
+
+def _train(bench: Bench, way: Way, steps: int, callback: Any) -> list[int]:
+    """Train, and return the real tokens of each micro-batch; the base is as it was, also if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make = _recipe if way.recipe else _ours
+        trainer, counts = make(bench, way, steps, Path(scratch), callback)
+        try:
+            trainer.train()
+        finally:
+            bench.base = _bare(trainer)
+            for norm, kind in bench.norms.items():
+                norm.__class__ = kind
+    return counts
+
+
 def _ours(bench: Bench, way: Way, steps: int, folder: Path, clock: Any) -> tuple[Any, list[int]]:
     """Return our trainer, as the stage makes it."""
     import tiny
     import trainbed
 
     from job.train.callbacks import Life
+    from job.train.collator import Collator
     from job.train.experts import use_grouped_lora
     from job.train.lora import add_lora
     from job.train.meters import Meters
@@ -268,8 +282,8 @@ def _ours(bench: Bench, way: Way, steps: int, folder: Path, clock: Any) -> tuple
         use_fused_norms(model)
     rows = bench.rows(16 * steps, packed=way.packed)
     trainer = make_trainer(
-        model, tiny.tiny_tokenizer(), rows, SimpleNamespace(pad_token_id=0), job, folder,  # type: ignore[arg-type]
-        packed=way.packed,
+        model, tiny.tiny_tokenizer(), rows, Collator(0, packed=way.packed), job, folder,
+        recompute=way.recompute,
     )  # fmt: skip
     trainer.meters = Meters(folder / "history.jsonl", steps, 0, bench.device)
     trainer.add_callback(Life(trainbed.make_context(job, folder), trainer, folder, {}))
@@ -364,6 +378,31 @@ def _clock(device: str) -> Any:
     return Clock()
 
 
+def _profiler(device: str) -> Any:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+    from transformers import TrainerCallback
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+
+    class Profiler(TrainerCallback):  # type: ignore[misc]
+        """Looks on from the end of the first step to the end of training."""
+
+        def __init__(self) -> None:
+            self.seen = torch_profile(activities=kinds)
+
+        def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            """Begin once it is warm."""
+            if state.global_step == 1:
+                self.seen.start()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            """End."""
+            self.seen.stop()
+
+    return Profiler()
+
+
 def _bare(trainer: Any) -> Any:
     """Return the base as it was, adapters and checkpointing taken off, and free the rest."""
     import torch
@@ -379,6 +418,17 @@ def _bare(trainer: Any) -> Any:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return base
+
+
+def profile_part(name: str, out: Path, *, tiny: bool = False) -> None:
+    """Profile the way with every lever, on the screen and in a file."""
+    bench = Bench(PARTS[name], "cpu" if tiny else "cuda", tiny)
+    bench.build()
+    [way] = (one for one in bench.part.ways if one.name == "all")
+    table = profile(bench, way)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.profile.txt").write_text(table)
+    print(table)
 
 
 def run_part(
@@ -445,6 +495,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=list(PARTS), default=os.environ.get("ONLY") or None)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "gpu")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes, instead")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -453,6 +504,9 @@ def main(argv: list[str] | None = None) -> int:
     except JobError as error:
         print(error, file=sys.stderr)
         return int(error.code)
+    if arguments.only and arguments.profile:
+        profile_part(arguments.only, arguments.out, tiny=arguments.tiny)
+        return 0
     if arguments.only:
         print("| | real tokens/s | ms/step | MFU | peak GB | x recipe | s for 1,000 examples |")
         print("|---|---|---|---|---|---|---|")
@@ -461,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in PARTS:
         print(f"\n{name}", flush=True)
         command = [sys.executable, __file__, "--only", name, "--out", str(arguments.out)]
-        subprocess.run(command, check=False)
+        subprocess.run(command + ["--profile"] * arguments.profile, check=False)
     return 0
 
 

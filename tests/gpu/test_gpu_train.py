@@ -11,7 +11,11 @@ from structlog.testing import capture_logs
 from job.artifacts import Adapter
 from job.merge.stage import merge
 from job.train import attention
+from job.train.collator import Collator
+from job.train.lora import add_lora
 from job.train.meters import read_history
+from job.train.model import load_base
+from job.train.recompute import memory_lack
 from job.train.stage import train
 
 pytestmark = [
@@ -57,6 +61,22 @@ def test_gpt_oss_learns_and_merges(tmp_path, way):
     merged = merge(context, model, dataset, adapter)
     assert merged is not None
     assert merged.report
+
+
+def test_a_step_that_fits_is_not_recomputed(tmp_path):
+    """Tried with the largest batch; a batch that no GPU holds is told, and leaves no gradient."""
+    with capture_logs() as logs:
+        trained(tmp_path, "llama", train={"gradient_checkpointing": "auto"})
+    [picked] = [e for e in logs if e["event"] == "recompute_picked"]
+    assert (picked["recompute"], picked["reason"]) == (False, "the largest batch was tried")
+
+    base, _ = load_base(tmp_path / "model", device="cuda", dtype="bf16", attention="auto")
+    model = add_lora(base, trainbed.make_job(tmp_path, tmp_path).lora, seed=0)
+    row = {"input_ids": [5] * 128, "labels": [5] * 128, "lengths": [128]}
+    batch = Collator(0, packed=True)([row] * 200_000)
+    assert "memory" in str(memory_lack(model, batch, "cuda"))
+    assert all(it.grad is None for it in model.parameters())
+    assert memory_lack(model, Collator(0, packed=True)([row]), "cuda") is None
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "mistral"])

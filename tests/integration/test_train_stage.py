@@ -496,3 +496,26 @@ def test_what_is_compiled_for_a_gpu_stays_in_the_cache(bed, tmp_path, monkeypatc
     assert all(os.environ[name] == "/home/job/.cache" for name in names)
     _keep_compiled(SimpleNamespace(cache=tmp_path, job=SimpleNamespace(device="cuda")))
     assert all(Path(os.environ[name]).parent == tmp_path / "compiled" for name in names)
+
+
+def test_a_cold_folder_begins_with_the_kernels_of_the_image(tmp_path, monkeypatch):
+    """Copied whole, and never over what is there."""
+    from types import SimpleNamespace
+
+    from job.train import stage
+
+    baked, home = tmp_path / "image", tmp_path / "home"
+    (baked / "triton/hash").mkdir(parents=True)
+    (baked / "triton/hash/kernel.cubin").write_bytes(b"new")
+    monkeypatch.setattr(stage, "BAKED", baked)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(home / "triton"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    context = SimpleNamespace(cache=None, job=SimpleNamespace(device="cuda"))
+    stage._keep_compiled(context)
+    kernel = home / "triton/hash/kernel.cubin"
+    assert kernel.read_bytes() == b"new"
+    assert [it.name for it in home.iterdir()] == ["triton"]
+    kernel.write_bytes(b"its own")
+    stage._keep_compiled(context)
+    assert kernel.read_bytes() == b"its own"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -202,11 +202,11 @@ def test_of_two_attempts_at_once_one_is_fenced(mission: Mission) -> None:
     uid = mission.job(run)["metadata"]["uid"]
     mission.copy_of_pod(pod, "twin", uid)
     assert mission.exit_code(pod["metadata"]["name"]) == 76
-    # The Job starts a third, which fences the twin in its turn and publishes.
-    assert mission.exit_code("twin") == 76
+    # The Job starts a third: it fences the twin in its turn, or comes after it had published.
+    assert mission.exit_code("twin") in (0, 76)
     assert mission.over(run) == "Complete"
     assert not mission.job(run)["status"].get("failed")
-    assert len(mission.s3.names(mission.store, "twins/versions/")) > 0
+    assert _versions(mission, "twins") == {mission.receipt(run)["version"]}
 
 
 def test_a_foreign_job_of_a_living_run_is_refused(mission: Mission) -> None:
@@ -256,12 +256,12 @@ def test_a_night_fires_and_a_second_fire_of_its_time_is_the_same_run(mission: Mi
     plane.create(jobs, {"metadata": metadata, "spec": template["spec"]})
     assert mission.over(run) == "Complete"
     assert mission.receipt(run) == receipt
-    versions = {key.split("/versions/")[1].split("/")[0] for key in _versions(mission, "night")}
-    assert versions == {receipt["version"]}
+    assert _versions(mission, "night") == {receipt["version"]}
 
 
-def _versions(mission: Mission, name: str) -> list[str]:
-    return mission.s3.names(mission.store, f"{name}/versions/")
+def _versions(mission: Mission, name: str) -> set[str]:
+    keys = mission.s3.names(mission.store, f"{name}/versions/")
+    return {key.split("/versions/")[1].split("/")[0] for key in keys}
 
 
 def test_a_second_gpu_job_waits_and_cancel_keeps_a_checkpoint(mission: Mission) -> None:

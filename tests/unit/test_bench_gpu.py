@@ -50,6 +50,15 @@ def test_a_way_that_runs_out_of_memory_leaves_the_base_to_the_next(tmp_path, mon
     assert all(figures["tokens_per_s"] > 0 for _, figures in seen[1:])
 
 
+def test_a_profile_names_the_operations(tmp_path, capsys):
+    """Of the way with every lever, in a file too."""
+    flags = ["--tiny", "--only", "qwen2.5-1.5b", "--profile", "--out", str(tmp_path)]
+    assert bench_gpu.main(flags) == 0
+    table = (tmp_path / "qwen2.5-1.5b.profile.txt").read_text()
+    assert "aten::mm" in table
+    assert table in capsys.readouterr().out
+
+
 def test_what_there_is_no_time_for_is_named(tmp_path):
     """A part that runs out of its minutes says what is missing."""
     found = bench_gpu.run_part("gpt-oss", tmp_path, tiny=True, limit_s=-1)
