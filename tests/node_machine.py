@@ -273,7 +273,6 @@ class NodeMachine:
             "imageGCHighThresholdPercent": 100,
             "nodeStatusUpdateFrequency": "5s",
             "nodeStatusReportFrequency": "5s",
-            "volumeStatsAggPeriod": "5s",
             "serializeImagePulls": False,
         }
         path = self.folder / "kubelet.yaml"

@@ -42,6 +42,6 @@ def calm(
 ) -> tuple[Mission, str]:
     """A run that nobody disturbed: what the disturbed ones are compared with."""
     made = start_mission(machine, s3, tmp_path_factory.mktemp("calm"), "calm")
-    run = made.submit("tiny")
+    run = made.submit("tiny", steps=100)
     assert made.over(run) == "Complete", made.ask("why", run)
     return made, run

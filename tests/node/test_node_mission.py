@@ -65,7 +65,7 @@ def test_deleted_drained_and_killed_the_adapter_is_the_undisturbed_one(
     calm: tuple[Mission, str], mission: Mission
 ) -> None:
     """Each next attempt goes on from the store; the last one publishes the very same bytes."""
-    run = mission.submit("tiny")
+    run = mission.submit("tiny", steps=100)
     plane, pods, ends = mission.machine.plane, f"{CORE.format(mission.namespace)}/pods", []
     step = mission.checkpoint_after(run, 0)
 
@@ -196,7 +196,7 @@ def test_a_minute_without_the_store_is_waited_out(mission: Mission) -> None:
 
 def test_of_two_attempts_at_once_one_is_fenced(mission: Mission) -> None:
     """A second pod of the same Job takes the run over; the first ends with 76, which is ignored."""
-    run = mission.submit("twins", steps=150)
+    run = mission.submit("twins", steps=300)
     mission.checkpoint_after(run, 0)
     [pod] = mission.pods(run)
     uid = mission.job(run)["metadata"]["uid"]
@@ -211,7 +211,7 @@ def test_of_two_attempts_at_once_one_is_fenced(mission: Mission) -> None:
 
 def test_a_foreign_job_of_a_living_run_is_refused(mission: Mission) -> None:
     """Another owner's pod of the same run id ends with 73 and changes nothing."""
-    run = mission.submit("mine", steps=150)
+    run = mission.submit("mine", steps=4000)
     mission.checkpoint_after(run, 0)
     [pod] = mission.pods(run)
     mission.copy_of_pod(pod, "foreign", "another-uid")
@@ -266,7 +266,7 @@ def _versions(mission: Mission, name: str) -> set[str]:
 
 def test_a_second_gpu_job_waits_and_cancel_keeps_a_checkpoint(mission: Mission) -> None:
     """`why` names who holds the GPU; after cancel the run goes on from its checkpoint."""
-    first = mission.apply("first", steps=400, gpus=1)
+    first = mission.apply("first", steps=4000, gpus=1)
     step = mission.checkpoint_after(first, 0)
     second = mission.apply("second", steps=10, gpus=1)
     mission.unschedulable(second)
@@ -280,7 +280,7 @@ def test_a_second_gpu_job_waits_and_cancel_keeps_a_checkpoint(mission: Mission) 
     assert kept["checkpoint"]["step"] > step
     assert mission.over(second) == "Complete"
 
-    again = mission.submit("first", steps=400)
+    again = mission.submit("first", steps=4000)
     assert again == first
     mission.until(first, lambda head: head["epoch"] == 2)
     assert mission.checkpoint_after(first, kept["checkpoint"]["step"])
