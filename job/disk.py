@@ -59,11 +59,11 @@ def within_share(work: Path, stop: Stop) -> Iterator[None]:
 
 
 def used_bytes(folders: Iterable[Path]) -> int:
-    """Return the bytes that files below ``folders`` take on the disk, each file once."""
+    """Return the bytes that what is below ``folders`` takes on the disk, each file once."""
     taken: dict[tuple[int, int], int] = {}
     for folder in folders:
-        for parent, _, names in os.walk(folder):
-            for name in names:
+        for parent, folders_in, names in os.walk(folder):
+            for name in (*names, *folders_in):
                 with contextlib.suppress(FileNotFoundError):  # gone since
                     found = os.lstat(os.path.join(parent, name))
                     taken[found.st_dev, found.st_ino] = found.st_blocks * BLOCK_BYTES

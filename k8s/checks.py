@@ -13,8 +13,9 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from k8s.cluster import CLUSTER_KINDS, Cluster
 from k8s.config import ClusterConfig
+from k8s.inputs import CLAIM
 from k8s.nodes import refusal
-from k8s.refusals import ForbiddenError, NotFoundError
+from k8s.refusals import CutError, ForbiddenError, NotFoundError
 from k8s.render import Object
 from k8s.runs import require_namespace
 
@@ -74,6 +75,12 @@ def run_checks(
             # The dry run needs no more than submit itself.
             state: State = "wrong" if name == "dry run" else "not allowed to look"
             yield Finding(name, state, f"your Role {error.what}", error.do, error.code)
+        except CutError:
+            raise
+        except JobError as error:
+            if name == "namespace":
+                raise
+            yield Finding(name, "wrong", error.what, error.do, error.code)
 
 
 def pod_of(objects: list[Object]) -> Object:
@@ -107,7 +114,7 @@ def _image(settings: ClusterConfig) -> Iterator[Finding]:
 
 
 def _store(job: JobConfig, settings: ClusterConfig) -> Iterator[Finding]:
-    on_claim = settings.cache and settings.cache.claim and job.store.startswith("/cache/")
+    on_claim = settings.cache and settings.cache.claim and job.store.startswith(CLAIM)
     if job.store.startswith("s3://") or on_claim:
         yield Finding("store", "ok", job.store)
     else:
@@ -192,12 +199,29 @@ def demand(pod: Object) -> dict[str, float]:
     return {**asked, **named, **limits, "pods": 1.0, "count/jobs.batch": 1.0}
 
 
+COMPUTE = {
+    "cpu",
+    "memory",
+    *(f"{it}.{of}" for it in ("requests", "limits") for of in ("cpu", "memory")),
+}
+"""A quota of one of these refuses pods that do not say how much of it they take."""
+
+
 def _quota(cluster: Cluster, pod: Object) -> Iterator[Finding]:
     asked = demand(pod)
     quotas = cluster.list("ResourceQuota")
     wrong = False
     for item in quotas:
+        if item["spec"].get("scopes") or item["spec"].get("scopeSelector"):
+            continue  # of other pods, or the dry run would say
         for key, hard in (item.get("status", {}).get("hard") or {}).items():
+            if key in COMPUTE and key not in asked:
+                what = (
+                    f"{item['metadata']['name']} wants {key} of every pod, and this one says none"
+                )
+                do = "fine if a LimitRange gives a default; else ask for a quota without it"
+                yield Finding("quota", "warning", what, do)
+                continue
             used = quantity(item["status"].get("used", {}).get(key, "0"))
             if key not in asked or used + asked[key] <= quantity(hard):
                 continue
@@ -240,9 +264,11 @@ def _largest(pod: Object, nodes: list[Object]) -> Finding:
         return Finding("node pool", "ok", f"{len(fits)} of {len(nodes)} matching nodes can hold it")
     key, most = _short(asked, max(shares, key=lambda it: quantity(it.get(GPU, "0"))))[0]
     what = f"asks for {asked[key]} {key}, the largest matching node has {most}"
-    return Finding(
-        "node pool", "wrong", what, "ask for less in the cluster file, or add larger nodes"
-    )
+    if quantity(most) == 0:
+        do = "fine if that node is new: its device plugin takes minutes; else see the plugin"
+        return Finding("node pool", "warning", what, do)
+    do = "ask for less in the cluster file, or add larger nodes"
+    return Finding("node pool", "wrong", what, do)
 
 
 def _short(asked: Object, share: Object) -> list[tuple[str, str]]:
@@ -264,7 +290,7 @@ def _dry_run(cluster: Cluster, objects: list[Object]) -> Iterator[Finding]:
             continue
         except NotFoundError as error:
             raise JobError(
-                ExitCode.NOT_FOUND, str(error), "is not served here", "see its API"
+                ExitCode.NOT_FOUND, error.where, "is not served here", "see its API"
             ) from error
     for text in warnings:
         yield Finding("dry run", "warning", text, "see k8s/manifests")

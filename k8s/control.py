@@ -10,7 +10,7 @@ from job.errors import ExitCode, JobError
 from job.stop import Stop
 from k8s.cluster import Cluster
 from k8s.refusals import ForbiddenError, NotFoundError
-from k8s.render import QUEUE, STORE, Object
+from k8s.render import QUEUE, SELECTOR, STORE, Object
 from k8s.runs import JOB_LABEL, Run, condition, find, is_lost, missing
 from k8s.stored import impatient
 from k8s.watch import changes, until
@@ -71,11 +71,12 @@ def cancel(cluster: Cluster, name: str, *, now: bool, stop: Stop, say: Say) -> R
         The run as it was when its pods were gone; None for ``now``.
 
     Raises:
-        JobError: 66 if it is not there.
+        JobError: 66 if it is not there, 73 if it is no run of lora-job's.
     """
     job = cluster.get("Job", name)
     if job is None:
         raise missing(cluster, name)
+    require_ours(job)
     over = condition(job, "Complete") or condition(job, "Failed")
     run = None
     if not now and not over:
@@ -85,6 +86,19 @@ def cancel(cluster: Cluster, name: str, *, now: bool, stop: Stop, say: Say) -> R
         run = _found(cluster, name, None, stop)
     cluster.delete("Job", name, propagation="Background")
     return run
+
+
+def require_ours(item: Object) -> None:
+    """Refuse to touch what neither lora-job nor `kubectl apply -k` of its manifests made.
+
+    Raises:
+        JobError: 73.
+    """
+    labels, name = item["metadata"].get("labels") or {}, item["metadata"]["name"]
+    key, _, value = SELECTOR.partition("=")
+    if labels.get(key) != value:
+        do = "use kubectl, if it is meant"
+        raise JobError(ExitCode.TAKEN, name, "it is not lora-job's", do)
 
 
 def _suspend(cluster: Cluster, job: Object) -> None:

@@ -26,7 +26,7 @@ class Facts:
     pods: list[Object] = field(default_factory=list)
     """The newest pods, newest first."""
     events: list[Object] = field(default_factory=list)
-    """Events of the Job and of these pods, newest first."""
+    """Events of the Job and of the newest pod, newest first."""
     workload: Object | None = None
     """Kueue's view of the Job."""
     cordoned: list[str] = field(default_factory=list)
@@ -41,10 +41,15 @@ class Facts:
 
     def said(self, *reasons: str, since: str | None = None) -> str | None:
         """Return the message of the newest event with one of these reasons, not older than that."""
+        event = self.event(*reasons, since=since)
+        return " ".join(str(event.get("message", "")).split()) if event else None
+
+    def event(self, *reasons: str, since: str | None = None) -> Object | None:
+        """Return that event."""
         for event in self.events:
             old = (seconds(_when(event)) or 0.0) < (seconds(since) or 0.0)
             if event.get("reason") in reasons and not old:
-                return " ".join(str(event.get("message", "")).split())
+                return event
         return None
 
 
@@ -70,7 +75,7 @@ def gather(cluster: Cluster, name: str, *, store: str | None) -> Facts:
     run = find(cluster, name, store=store, now=time.time(), seen=seen)
     pods.sort(key=lambda pod: str(pod["metadata"]["creationTimestamp"]), reverse=True)
     pods = pods[:MAX_PODS]
-    names = [name, *(pod["metadata"]["name"] for pod in pods)] if job else []
+    names = [name, *(pod["metadata"]["name"] for pod in pods[:1])] if job else []
     events: list[Object] = allowed(
         lambda: [it for name in names for it in _events(cluster, name)], []
     )

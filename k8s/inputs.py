@@ -12,6 +12,9 @@ from job.errors import ExitCode, JobError
 from job.files import fingerprint, list_files, sha256_file
 from job.stop import Stop
 
+CLAIM = "/cache/"
+"""Where a pod has the claim that the cluster file names as its cache."""
+
 
 def is_local(source: object) -> bool:
     """Return whether a source is of this machine: a file, a folder, or in a package of its Python."""
@@ -34,6 +37,7 @@ class Input:
 
     folder: str
     files: dict[str, Path]
+    hashes: dict[str, str]
 
 
 def place(job: JobConfig, *, stop: Stop) -> tuple[JobConfig, list[Input]]:
@@ -42,9 +46,10 @@ def place(job: JobConfig, *, stop: Stop) -> tuple[JobConfig, list[Input]]:
     Nothing is sent yet. A store that is a folder leaves the job as it is.
 
     Raises:
-        JobError: 66 if an input is not there.
+        JobError: 66 if an input is not there, 78 if it lies where no pod sees it.
     """
     if not job.store.startswith("s3://"):
+        _require_on_claim(job)
         return job, []
     inputs: list[Input] = []
     changes: dict[str, dict[str, str]] = {"model": {}, "data": {}}
@@ -54,7 +59,7 @@ def place(job: JobConfig, *, stop: Stop) -> tuple[JobConfig, list[Input]]:
         hashes = {name: sha256_file(it, tick=stop.check) for name, it in files.items()}
         digest = next(iter(hashes.values())) if path.is_file() else fingerprint(hashes)
         folder = f"_inputs/{digest}"
-        inputs.append(Input(folder, files))
+        inputs.append(Input(folder, files, hashes))
         section, field = key.split(".")
         place = f"{folder}/{path.name}" if path.is_file() else folder
         changes[section][field] = f"{job.store.rstrip('/')}/{place}"
@@ -63,11 +68,19 @@ def place(job: JobConfig, *, stop: Stop) -> tuple[JobConfig, list[Input]]:
     return job.model_copy(update={"model": model, "data": data}), inputs
 
 
+def _require_on_claim(job: JobConfig) -> None:
+    """Refuse inputs of this machine where the store is a claim's folder, which only pods see."""
+    for key, source in local_inputs(job).items():
+        if job.store.startswith(CLAIM) and not source.startswith(CLAIM):
+            do = f"use s3:// or hf://, or put it on the claim and name it as {CLAIM}…"
+            raise JobError(ExitCode.CONFIG, f"{key}: {source}", "no pod sees this machine", do)
+
+
 def send(job: JobConfig, inputs: list[Input], *, stop: Stop, say: Callable[[str], None]) -> None:
     """Upload what the store has not in its full size: a name that is the content never changes.
 
     Raises:
-        JobError: 74 or 77 if the store refuses.
+        JobError: 65 if a file has changed since, 74 or 77 if the store refuses.
     """
     if not inputs:
         return
@@ -78,9 +91,14 @@ def send(job: JobConfig, inputs: list[Input], *, stop: Stop, say: Callable[[str]
         there = {entry.key: entry.size for entry in store.list(f"{one.folder}/")}
         for name, file in one.files.items():
             place = f"{one.folder}/{name}"
-            if there.get(place) != file.stat().st_size:
-                say(f"uploading {file} ({file.stat().st_size:,} bytes)")
-                store.upload(place, file)
+            if there.get(place) == file.stat().st_size:
+                continue
+            say(f"uploading {file} ({file.stat().st_size:,} bytes)")
+            _, sent = store.upload(place, file)
+            if sent != one.hashes[name]:
+                store.delete([place])
+                do = "submit again once nobody writes to it"
+                raise JobError(ExitCode.DATA, str(file), "has changed since it was looked at", do)
 
 
 def _path(source: str) -> Path:

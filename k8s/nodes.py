@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from k8s.render import Object
 
+PASSING = ("node.kubernetes.io", "node.cloudprovider", "ToBeDeletedBy", "karpenter.sh/")
+
 
 def refusal(pod: Object, node: Object) -> str | None:
     """Return why a node that has the pod's nodeSelector does not take it, or None if it does."""
@@ -48,10 +50,10 @@ def _said(expression: Object) -> str:
 
 
 def _refusing(pod: Object, node: Object) -> Object | None:
-    """Return a taint that the pod does not tolerate; those of a node's own health pass."""
+    """Return a taint that the pod does not tolerate; those of a node's coming and going pass."""
     for taint in node["spec"].get("taints") or []:
         hard = taint["effect"] != "PreferNoSchedule"
-        lasting = not taint["key"].startswith("node.kubernetes.io")
+        lasting = not taint["key"].startswith(PASSING)
         if hard and lasting and not tolerates(pod.get("tolerations") or [], taint):
             return taint
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from k8s.facts import WAIT, Answer, Facts
 from k8s.nodes import required
@@ -14,9 +15,11 @@ from k8s.runs import container
 
 def refused_pod(facts: Facts) -> Answer | None:
     """The Job may not create its pod: quota, Pod Security, service account, a webhook."""
-    if facts.run.state != "pending" or facts.pod is not None:
+    last = facts.pod
+    if facts.run.state != "pending" or not (last is None or _has_ended(last)):
         return None
-    said = facts.said("FailedCreate") or ""
+    ended = container(last).get("state", {}).get("terminated", {}) if last else {}
+    said = facts.said("FailedCreate", since=ended.get("finishedAt")) or ""
     if "exceeded quota" in said:
         detail = said.partition("exceeded quota: ")[2]
         do = "wait until other work ends, ask for less in the cluster file, or for more quota"
@@ -33,7 +36,11 @@ def refused_pod(facts: Facts) -> Answer | None:
         return Answer(
             "refused", f"the cluster refuses the pod: {said}", "mend that: it is tried again"
         )
-    return Answer("starting", "its pod is just being created", WAIT)
+    return None if last else Answer("starting", "its pod is just being created", WAIT)
+
+
+def _has_ended(pod: Object) -> bool:
+    return pod["status"].get("phase") in ("Failed", "Succeeded")
 
 
 # There is a pod, and it does not start
@@ -74,16 +81,23 @@ def container_waits(facts: Facts) -> Answer | None:
     if reason == "CreateContainerConfigError":
         return _config(said)
     if reason in ("CreateContainerError", "RunContainerError", "StartError"):
-        return Answer(
-            "container", f"the container can't start: {said}", "see the image and its command"
-        )
+        return cannot_start(said)
     return None
+
+
+def cannot_start(said: str) -> Answer:
+    """The runtime has the image, and no process comes of it."""
+    return Answer(
+        "container", f"the container can't start: {said}", "see the image and its command"
+    )
 
 
 def _image(facts: Facts, said: str) -> Answer:
     assert facts.pod is not None
     image = facts.pod["spec"]["containers"][0]["image"]
-    if re.search(r"unauthorized|denied|forbidden|401|403|authentication", said, re.IGNORECASE):
+    # Names and digests may hold any of these.
+    said = said.replace(image, "")
+    if re.search(r"unauthorized|denied|forbidden|\b40[13]\b|authentication", said, re.IGNORECASE):
         do = "give the node's account the right to pull, or set image_pull_secret in the cluster file"
         return Answer("image-denied", f"the registry refuses to give {image}", do)
     if re.search(r"not found|manifest unknown|does not exist|InvalidImage", said, re.IGNORECASE):
@@ -109,7 +123,9 @@ def volume(facts: Facts) -> Answer | None:
     said = facts.said("FailedMount", "FailedAttachVolume", "FailedMapVolume", "ProvisioningFailed")
     if facts.run.state != "pending" or not facts.pod or not said:
         return None
-    if not facts.pod["spec"].get("nodeName"):
+    # An image is pulled once the volumes are there.
+    mounted = facts.event("Pulling", "Pulled", "Created")
+    if not facts.pod["spec"].get("nodeName") or mounted:
         return None
     do = "see that the claim (cache.claim) and the ConfigMap are there and not in use elsewhere"
     return Answer("volume", f"a volume can't be mounted: {said}", do)
@@ -123,15 +139,21 @@ SHORTAGES = {
 }
 
 
+GROWING, STUCK = ("TriggeredScaleUp", "Nominated"), ("NotTriggerScaleUp", "FailedScaleUp")
+"""What autoscalers say of a pod: the newest word counts."""
+
+
 def unscheduled(facts: Facts) -> Answer | None:
     """No node takes the pod, or one is just being added."""
     if facts.pod is None or facts.pod["spec"].get("nodeName") or facts.run.is_over:
         return None
     said = _scheduler_says(facts)
-    growing = facts.said("TriggeredScaleUp", "Nominated")
-    if growing:
-        return Answer("scaling-up", f"a node is being added for it: {growing}", WAIT)
-    return _volume_claim(said) or _shortage(facts, said) or _no_node(facts, said)
+    news = facts.event(*GROWING, *STUCK) or {}
+    word = " ".join(str(news.get("message", "")).split())
+    if news.get("reason") in GROWING:
+        return Answer("scaling-up", f"a node is being added for it: {word}", WAIT)
+    found = _volume_claim(said) or _shortage(facts, said) or _no_node(facts, said)
+    return replace(found, what=f"{found.what}; the autoscaler adds none: {word}") if news else found
 
 
 def _scheduler_says(facts: Facts) -> str:
@@ -166,12 +188,10 @@ def _shortage(facts: Facts, said: str) -> Answer | None:
     cause, noun, do = named
     held = f" (held by {', '.join(facts.holders)})" if facts.holders and cause == "gpus" else ""
     asked = f", it asks for {facts.run.gpus}" if cause == "gpus" else ""
-    grows = facts.said("NotTriggerScaleUp")
-    stuck = f"; the autoscaler adds none: {grows}" if grows else ""
-    return Answer(cause, f"not enough free {noun}{held}{asked}: {said}{stuck}", do)
+    return Answer(cause, f"not enough free {noun}{held}{asked}: {said}", do)
 
 
-def _no_node(facts: Facts, said: str) -> Answer | None:
+def _no_node(facts: Facts, said: str) -> Answer:
     if "were unschedulable" in said or "{node.kubernetes.io/unschedulable" in said:
         names = " ".join(facts.cordoned)
         what = f"nodes that may fit are cordoned{f' ({names})' if names else ''}: {said}"
@@ -212,7 +232,7 @@ def starting(facts: Facts) -> Answer | None:
     if facts.run.state != "pending" or facts.pod is None or not facts.pod["spec"].get("nodeName"):
         return None
     node = facts.pod["spec"]["nodeName"]
-    if facts.pod["status"].get("phase") in ("Failed", "Succeeded"):
+    if _has_ended(facts.pod):
         return _between(facts)
     if facts.said("Pulling") and not facts.said("Pulled"):
         image = facts.pod["spec"]["containers"][0]["image"]
@@ -224,5 +244,6 @@ def starting(facts: Facts) -> Answer | None:
 
 def _between(facts: Facts) -> Answer:
     last = facts.run.last_end or {}
-    ended = f"exit code {last.get('code')}: {last.get('what', '')}" if last else "an attempt ended"
+    code = f"exit code {last['code']}: " if last.get("code") is not None else ""
+    ended = f"{code}{last.get('what', '')}" if last else "an attempt ended"
     return Answer("between", f"between attempts: {ended}", f"{WAIT}, after a pause that doubles")

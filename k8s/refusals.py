@@ -9,20 +9,31 @@ from collections.abc import Iterable, Iterator
 from job.errors import ExitCode, JobError
 
 
-class NotFoundError(Exception):
-    """The object is not there."""
+class NotFoundError(JobError):
+    """The object is not there, or no longer."""
+
+    def __init__(self, where: str) -> None:
+        do = "see `lora-job list`; somebody may have deleted it just now"
+        super().__init__(ExitCode.NOT_FOUND, where, "it is not there", do)
 
 
-class AlreadyExistsError(Exception):
+class AlreadyExistsError(JobError):
     """An object of this name is there already."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(ExitCode.TAKEN, where, "there is one of this name already", "repeat it")
 
 
 class ForbiddenError(JobError):
     """The Role does not hold this verb on this resource."""
 
 
-class GoneError(Exception):
+class GoneError(JobError):
     """The resource version is too old (410): list anew."""
+
+    def __init__(self) -> None:
+        what = "the list changed faster than it was read"
+        super().__init__(ExitCode.STORE, "the cluster", what, "repeat it")
 
 
 class CutError(JobError):
@@ -40,16 +51,8 @@ def raise_refusal(
     if status == 401:
         do = "log in again (the kubeconfig's user), then repeat"
         raise JobError(ExitCode.NOT_ALLOWED, where, "the credentials are expired or refused", do)
-    # "exceeded quota: …", "failed quota: …"; a Role that lacks resourcequotas says that word too.
-    if status == 403 and re.search(r"\b(exceeded|failed) quota\b", message):
-        raise JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
-    if status == 403 and deed.endswith(("nodes", "priorityclasses")):
-        do = "it goes without; k8s/manifests/setup/look has a ClusterRole for it"
-        raise ForbiddenError(ExitCode.NOT_ALLOWED, where, f"may not {deed}", do)
     if status == 403:
-        what = f"may not {deed} in namespace {namespace}"
-        do = f"see that this namespace is meant, or add to your Role (k8s/manifests/setup): {deed}"
-        raise ForbiddenError(ExitCode.NOT_ALLOWED, where, what, do)
+        raise _forbidden(message, deed, namespace, where)
     if status == 404 and "namespaces" in message:
         do = "create it: kubectl apply -k k8s/manifests/setup, or name another one"
         raise JobError(ExitCode.NOT_FOUND, where, f"there is no namespace {namespace}", do)
@@ -63,6 +66,22 @@ def raise_refusal(
     if status in (429, 500, 502, 503, 504) or (status == 400 and "log" in where):
         raise CutError(where, message)
     raise JobError(ExitCode.CONFIG, where, f"the server refused ({status}): {message}", "mend it")
+
+
+def _forbidden(message: str, deed: str, namespace: str, where: str) -> JobError:
+    # "exceeded quota: …", "failed quota: …"; a Role that lacks resourcequotas says that word too.
+    if re.search(r"\b(exceeded|failed) quota\b", message):
+        return JobError(ExitCode.NOT_ALLOWED, where, message, "ask for less, or for more quota")
+    # An authorizer says "User … cannot create resource …"; webhooks and dying namespaces do not.
+    if " cannot " not in message:
+        do = "as it says, or ask who made that rule"
+        return JobError(ExitCode.NOT_ALLOWED, where, message, do)
+    if deed.endswith(("nodes", "priorityclasses")):
+        do = "it goes without; k8s/manifests/setup/look has a ClusterRole for it"
+        return ForbiddenError(ExitCode.NOT_ALLOWED, where, f"may not {deed}", do)
+    what = f"may not {deed} in namespace {namespace}"
+    do = f"see that this namespace is meant, or add to your Role (k8s/manifests/setup): {deed}"
+    return ForbiddenError(ExitCode.NOT_ALLOWED, where, what, do)
 
 
 def require_name(name: str) -> None:

@@ -13,9 +13,10 @@ from job.errors import ExitCode, JobError
 from k8s.checks import run_checks
 from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
+from k8s.control import require_ours
 from k8s.refusals import AlreadyExistsError
-from k8s.render import APP, CONFIG, MANAGED_BY, SCHEDULE, Object, cron_objects
-from k8s.runs import seconds
+from k8s.render import APP, CONFIG, MANAGED_BY, SCHEDULE, SINGLE_WRITER, Object, cron_objects
+from k8s.runs import condition, seconds
 from k8s.submit import Say, ensure_config, ours, own, refuse_wrong, sweep
 
 MACROS = {
@@ -127,7 +128,7 @@ def find(cluster: Cluster, name: str) -> Object:
     """Return a schedule's CronJob.
 
     Raises:
-        JobError: 66 if there is none.
+        JobError: 66 if there is none, 73 if it is not lora-job's.
     """
     item = cluster.get("CronJob", name)
     if item is None:
@@ -136,6 +137,7 @@ def find(cluster: Cluster, name: str) -> Object:
         do = f"use one of: {', '.join(names)}" if names else "make one: --cron and --time-zone"
         where = f"{cluster.namespace}/{name}"
         raise JobError(ExitCode.NOT_FOUND, where, "there is no such schedule", do)
+    require_ours(item)
     return item
 
 
@@ -162,6 +164,8 @@ def run_now(cluster: Cluster, name: str, *, now: float | None = None) -> tuple[s
     item = find(cluster, name)
     run = f"{name}-{int((now or time.time()) // 60)}"
     template = item["spec"]["jobTemplate"]
+    if SINGLE_WRITER in template["metadata"].get("annotations", {}):
+        _require_idle(cluster, name, other_than=run)
     owner: Object = {"apiVersion": "batch/v1", "kind": "CronJob", "name": name}
     owner |= {"uid": item["metadata"]["uid"], "controller": True}
     metadata: Object = {
@@ -178,6 +182,15 @@ def run_now(cluster: Cluster, name: str, *, now: float | None = None) -> tuple[s
     except AlreadyExistsError:
         return run, False
     return run, True
+
+
+def _require_idle(cluster: Cluster, name: str, *, other_than: str) -> None:
+    """Refuse a second writer where the store can't: the job file says `single_writer`."""
+    for job in cluster.list("Job", labelSelector=f"{SCHEDULE}={name}"):
+        run, over = job["metadata"]["name"], condition(job, "Complete") or condition(job, "Failed")
+        if not over and run != other_than:
+            do = f"wait for it, or `lora-job cancel {run}`"
+            raise JobError(ExitCode.TAKEN, name, f"{run} is not over (single_writer)", do)
 
 
 def describe(item: Object) -> dict[str, Any]:

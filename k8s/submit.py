@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 from job.config import JobConfig
@@ -13,8 +14,9 @@ from k8s.checks import Finding, run_checks
 from k8s.cluster import Cluster
 from k8s.config import ClusterConfig
 from k8s.control import workload_of
-from k8s.refusals import AlreadyExistsError
-from k8s.render import APP, MADE_FROM, MANAGED_BY, OWNED, QUEUE, Object, objects
+from k8s.facts import allowed
+from k8s.refusals import AlreadyExistsError, NotFoundError
+from k8s.render import APP, CONFIG, MADE_FROM, MANAGED_BY, OWNED, QUEUE, Object, objects
 from k8s.runs import condition, seconds
 from k8s.watch import changes
 
@@ -154,10 +156,20 @@ def ensure_config(cluster: Cluster, config: Object) -> None:
         cluster.create(config)
     except AlreadyExistsError:
         there = cluster.get("ConfigMap", name)
-        if there is not None and there.get("data") == config["data"]:
+        if there is not None and there.get("data") == config["data"] and _disowned(cluster, name):
             return
         cluster.delete("ConfigMap", name)
         cluster.create(config)
+
+
+def _disowned(cluster: Cluster, name: str) -> bool:
+    """Take a ConfigMap from an owner that may just be dying; return whether it is still there."""
+    change = {"metadata": {"ownerReferences": None, "labels": {OWNED: "false"}}}
+    try:
+        cluster.patch("ConfigMap", name, change)
+    except NotFoundError:
+        return False
+    return True
 
 
 def own(cluster: Cluster, config: str, owner: Object) -> None:
@@ -175,8 +187,10 @@ def sweep(cluster: Cluster) -> None:
         name, created = item["metadata"]["name"], seconds(item["metadata"]["creationTimestamp"])
         if time.time() - (created or 0.0) < ORPHAN_S:
             continue
-        job = cluster.get("Job", name)
-        if job:
-            own(cluster, name, job)
-        else:
+        mounts = partial(cluster.list, "CronJob", labelSelector=f"{CONFIG}={name}")
+        crons = allowed(mounts, None)
+        owner = cluster.get("Job", name) or next(iter(crons or []), None)
+        if owner:
+            own(cluster, name, owner)
+        elif crons is not None:  # else nobody knows: this Role may not see schedules
             cluster.delete("ConfigMap", name)

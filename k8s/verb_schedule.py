@@ -37,7 +37,9 @@ def call(arguments: argparse.Namespace) -> int:
             raise JobError(ExitCode.USAGE, "schedule", "--cron needs a job file, not a name", do)
         cluster = _create_schedule(job, arguments)
     else:
-        cluster = open_cluster(settings_of(arguments) if arguments.cluster else arguments)
+        beside = is_file and Path(arguments.job).with_name("cluster.yaml").is_file()
+        by_file = arguments.cluster or beside
+        cluster = open_cluster(settings_of(arguments) if by_file else arguments)
         done = _change_schedule(cluster, name, arguments)
     if not arguments.delete:
         done |= schedule.describe(schedule.find(cluster, name))

@@ -51,7 +51,7 @@ def call(arguments: argparse.Namespace) -> int:
             outcome = create(cluster, settings, placed, run, send=sending, stop=stop, say=say)
     say(f"{run}: {outcome}; see it: lora-job status {run} -n {cluster.namespace}")
     if arguments.follow:
-        return _follow(cluster, run, arguments)
+        return _follow(cluster, run, placed.store, arguments)
     print_json({"run": run, "outcome": outcome}) if wants_json(arguments) else print(run)
     return 0
 
@@ -70,23 +70,26 @@ def _looked_at(
     return with_grace(placed, settings, run, say=say, checkpoint_bytes=saved)
 
 
-def _follow(cluster: Cluster, run: str, arguments: argparse.Namespace) -> int:
+def _follow(cluster: Cluster, run: str, store: str, arguments: argparse.Namespace) -> int:
     from k8s import control, logs
     from k8s.facts import gather
+    from k8s.watch import until
     from k8s.why import why
 
     stop, said = new_stop(), ""
 
     def tell_why() -> None:
         nonlocal said
-        answer = why(gather(cluster, run, store=None))
+        answer = until(
+            lambda: why(gather(cluster, run, store=store)), wait=stop.wait, allowed_before=True
+        )
         if str(answer) != said and answer.cause not in ("starting", "running"):
             said = str(answer)
             say(f"waiting: {said}")
 
     try:
         logs.follow(cluster, run, write_line, stop, waiting=tell_why)
-        done = control.wait(cluster, run, store=None, stop=stop)
+        done = control.wait(cluster, run, store=store, stop=stop)
     except KeyboardInterrupt:
         back = f"lora-job logs {run} -f -n {cluster.namespace}"
         say(f"\ndetached: {run} goes on. Come back with: {back}")

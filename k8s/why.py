@@ -6,6 +6,7 @@ table goes from what is certain (it is over) to what is likely.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from job.errors import TABLE, ExitCode
@@ -76,7 +77,8 @@ def _evicted(facts: Facts) -> Answer | None:
         f"raise ephemeral_storage in the cluster file ({disk} now; `lora-job check` estimates it)"
     )
     do = _anew(facts, mend)
-    if "ephemeral" not in message and "disk" not in message.lower():
+    # Else its node was short of something, and it goes on where there is room.
+    if not re.search(r"exceed.* limit", message):
         do = "submit again: it goes on from its checkpoint" if facts.run.is_over else WAIT
     return Answer("evicted", f"its node evicted it: {message}", do)
 
@@ -106,6 +108,8 @@ def _exit_code(facts: Facts) -> Answer | None:
 
 def _killed(facts: Facts, code: int, said: str) -> Answer:
     name = facts.run.name
+    if code == 128:
+        return pending.cannot_start(said)
     if code == 137:
         what = "killed from outside (exit code 137), and no word from the kernel about memory"
         do = "see the node's events; submit again: it goes on from its checkpoint"

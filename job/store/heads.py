@@ -65,7 +65,7 @@ def _require_not_living(head: Head, run_id: str, owner: str, now: float) -> None
     if head["owner"] == owner or _ended(head) or age_s > STALE_S:
         return
     what = f"owner {head['owner']} works on it (heartbeat {max(0, age_s):.0f} s ago)"
-    do = f"wait for it, or end it; once silent for {STALE_S / 60:.0f} minutes it can be taken over"
+    do = "wait for it, or end it"
     raise JobError(ExitCode.TAKEN, run_id, what, do)
 
 

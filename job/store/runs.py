@@ -35,6 +35,8 @@ HEARTBEAT_S = 60.0
 LOOK_S = 2.0
 """How soon a new stage reaches the head: a death soon after its start is told from one before."""
 LAST_WORDS_S = 60.0
+SIGN_S = 5.0
+"""How often a head of another owner is looked at for a sign of life: it beats once a minute."""
 
 
 class Attempt:
@@ -247,13 +249,30 @@ def take(
 ) -> Attempt:
     """Begin the run's next attempt, and its heartbeat.
 
+    Another owner's attempt may have died without a word: it is waited for until its head moves, or
+    is too old.
+
     Raises:
         JobError: 72 if attempts come and go without progress, 73 if another owner's is alive.
     """
-    key = f"{run_folder(run_id)}/head.json"
+    key, silent = f"{run_folder(run_id)}/head.json", None
     while True:
         found = store.get(key)
-        head = next_head(json.loads(found.body) if found else None, run_id, owner, clock())
+        known: Head | None = json.loads(found.body) if found else None
+        try:
+            head = next_head(known, run_id, owner, clock())
+        except JobError as error:
+            if (
+                error.code is not ExitCode.TAKEN
+                or known is None
+                or silent not in (None, known["seq"])
+            ):
+                raise
+            if silent is None:
+                log.info("owner_awaited", reason=error.what)
+            silent = known["seq"]
+            stop.wait(SIGN_S)
+            continue
         head["progress"] = figures_of(progress)
         body = to_json(head)
         try:

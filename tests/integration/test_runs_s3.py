@@ -19,7 +19,7 @@ from job.errors import ExitCode, JobError
 from job.fetch import fetch
 from job.progress import Progress
 from job.stop import Stop
-from job.store import base, open_store
+from job.store import base, open_store, runs
 from job.store.runs import Attempt, take
 from job.store.versions import move_channel, resolve, version_name, write_version
 
@@ -162,7 +162,9 @@ def test_a_killed_upload_costs_nothing(
     heir.end({"code": 0})
 
 
-def test_two_attempts_at_once(s3_root: str, tmp_path: Path) -> None:
+def test_two_attempts_at_once(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Processes that start together get epochs of their own; only the last one may write."""
     body = "stop.wait(60)"
     children = [start(body, s3_root, tmp_path) for _ in range(2)]
@@ -172,6 +174,8 @@ def test_two_attempts_at_once(s3_root: str, tmp_path: Path) -> None:
     for child in children:
         child.kill()
         child.communicate()
+    for name in ("LOOK_S", "SIGN_S", "HEARTBEAT_S"):
+        monkeypatch.setattr(runs, name, 0.1)
     with pytest.raises(JobError) as caught:
         take_here(s3_root, "somebody else")
     assert caught.value.code is ExitCode.TAKEN

@@ -136,7 +136,7 @@ def test_mends_for_a_secret_work_for_who_reads_them() -> None:
     def found(answer: Any) -> Finding:
         return _found(Answering(Secret=answer), secrets=secrets)["secret s3"]
 
-    unseen = found(_refused(403, "no", "get secrets"))
+    unseen = found(_refused(403, 'User "me" cannot get resource "secrets"', "get secrets"))
     assert (unseen.state, "kubectl" in unseen.do) == ("not allowed to look", False)
     assert "create secret generic s3 --from-literal=access-key=… " in found(None).do
     lacking = found({"data": {"access-key": "eA=="}})
@@ -161,3 +161,60 @@ def test_a_servers_warning_is_read_to_its_end() -> None:
     text = r'299 - "would violate PodSecurity \"restricted:latest\": hostPath (volume \"cache\")"'
     said = 'would violate PodSecurity "restricted:latest": hostPath (volume "cache")'
     assert warnings_in([text, '299 - "plain"', "odd"]) == [said, "plain"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'admission webhook "gate" denied the request: [allowed-repos] use our registry',
+        "unable to create new content in namespace here because it is being terminated",
+    ],
+)
+def test_a_rule_that_is_no_role_is_told_in_its_own_words(said: str) -> None:
+    """A webhook's, or a namespace that goes: no Role would help."""
+    error = _refused(403, said, "create jobs")
+    assert (error.code, isinstance(error, ForbiddenError)) == (77, False)
+    assert said in str(error)
+    assert "Role" not in str(error)
+
+
+def test_a_refused_dry_run_hides_no_other_finding() -> None:
+    """The missing Secret stands beside what the server says."""
+
+    class Refusing(Answering):
+        def create(self, item: Object, *, dry_run: bool) -> Any:
+            raise _refused(422, "spec.template: Invalid value", f"create {item} {dry_run}")
+
+    found = _found(Refusing(Secret=None), secrets={"A": "s3/a"})
+    assert found["secret s3"].state == "wrong"
+    assert (found["dry run"].state, found["dry run"].code) == ("wrong", 78)
+    assert "Invalid value" in found["dry run"].what
+
+
+def test_nodes_that_come_or_go_refuse_nobody() -> None:
+    """A new one has no GPU yet for minutes; one that the autoscaler takes away comes again."""
+    new = _node("gpu-operator")
+    del new["status"]["allocatable"]["nvidia.com/gpu"]
+    pool = _found(Answering(Node=[new]))["node pool"]
+    assert (pool.state, "device plugin" in pool.do) == ("warning", True)
+    for key in ("ToBeDeletedByClusterAutoscaler", "karpenter.sh/disrupted"):
+        going = _node("gpu-operator", taints=[{"key": key, "effect": "NoSchedule"}])
+        assert _found(Answering(Node=[going]))["node pool"].state == "ok"
+
+
+def _quota(hard: Object, **spec: Any) -> Object:
+    return {"metadata": {"name": "q"}, "spec": spec, "status": {"hard": hard, "used": {}}}
+
+
+def test_a_quota_of_other_pods_counts_nothing_here() -> None:
+    """One with scopes; and one of a kind that no pod of ours states is told before it refuses."""
+    other = _quota({"pods": "0"}, scopeSelector={"matchExpressions": []})
+    assert _found(Answering(ResourceQuota=[other]))["quota"].state == "ok"
+    assert _found(Answering(ResourceQuota=[_quota({"pods": "0"})]))["quota"].state == "wrong"
+
+    job = parse(f"device: cuda\n{JOB}", JobConfig, where="job.yaml")
+    settings = ClusterConfig.model_validate({"platform": "gke", "image": DIGEST})
+    cluster: Any = Answering(ResourceQuota=[_quota({"limits.cpu": "64"})])
+    items = list(objects(job, settings, run="run-1"))
+    said = [one for one in run_checks(cluster, settings, job, items) if one.check == "quota"]
+    assert any(one.state == "warning" and "LimitRange" in one.do for one in said)

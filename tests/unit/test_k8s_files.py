@@ -273,6 +273,36 @@ def test_a_model_in_a_package_goes_to_the_store_too(
         place(gone, stop=Stop())
 
 
+def test_a_file_that_changes_before_it_is_sent_is_65(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bytes lie under the hash of others."""
+    from job.stop import Stop
+
+    _remote(tmp_path, monkeypatch)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    job = parse(JOB.replace("hf://org/data", str(rows)), JobConfig, where="job")
+    placed, inputs = place(job, stop=Stop())
+    rows.write_text("[]\n")
+    with pytest.raises(JobError, match="has changed since") as caught:
+        send(placed, inputs, stop=Stop(), say=lambda _: None)
+    assert caught.value.code == 65
+    assert not list((tmp_path / "remote").rglob("rows.jsonl"))
+
+
+def test_local_data_beside_a_store_on_a_claim_is_78(tmp_path: Path) -> None:
+    """Only pods see the claim; nothing of this machine can be put there."""
+    from job.stop import Stop
+
+    text = JOB.replace("hf://org/data", str(tmp_path)).replace("s3://models/adapters", "/cache/out")
+    with pytest.raises(JobError, match="no pod sees this machine") as caught:
+        place(parse(text, JobConfig, where="job"), stop=Stop())
+    assert caught.value.code == 78
+    on_claim = text.replace(str(tmp_path), "/cache/rows.jsonl")
+    assert place(parse(on_claim, JobConfig, where="job"), stop=Stop())[1] == []
+
+
 def test_local_data_that_is_not_there_is_66(tmp_path: Path) -> None:
     """Named with its field."""
     from job.stop import Stop

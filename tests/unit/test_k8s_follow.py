@@ -68,7 +68,12 @@ class Scripted:  # answers as k8s.cluster.Cluster does
 def _job(kind: str = "") -> Object:
     condition = {"type": kind, "status": "True", "lastTransitionTime": "2026-11-22T02:30:00Z"}
     return {
-        "metadata": {"name": RUN, "uid": "u", "creationTimestamp": "2026-11-22T02:00:00Z"},
+        "metadata": {
+            "name": RUN,
+            "uid": "u",
+            "creationTimestamp": "2026-11-22T02:00:00Z",
+            "labels": {"app.kubernetes.io/name": "lora-job"},
+        },
         "spec": {"template": {"spec": {"containers": [{}]}}},
         "status": {"conditions": [condition] if kind else []},
     }
@@ -132,7 +137,7 @@ def test_submit_follow_ends_with_the_runs_own_code(
 ) -> None:
     """The log on stdout, the last words on stderr, the run's exit code."""
     arguments = argparse.Namespace(output="text")
-    assert verb_submit._follow(cluster, RUN, arguments) == 79  # type: ignore[arg-type]
+    assert verb_submit._follow(cluster, RUN, "s3://b/p", arguments) == 79  # type: ignore[arg-type]
     said = capfd.readouterr()
     assert said.out == "a\nb\nc\n"
     assert "failed with 79: not better; look at it" in said.err
@@ -147,7 +152,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("k8s.logs.follow", interrupted)
-    assert verb_submit._follow(cluster, RUN, argparse.Namespace(output="text")) == 130  # type: ignore[arg-type]
+    assert verb_submit._follow(cluster, RUN, "s3://b/p", argparse.Namespace(output="text")) == 130  # type: ignore[arg-type]
     assert f"lora-job logs {RUN} -f -n lora-job" in capfd.readouterr().err
 
 
@@ -240,3 +245,37 @@ def test_the_log_of_a_silent_node_comes_from_the_store(
     written.clear()
     show(cluster, RUN, written.append, store=None)  # type: ignore[arg-type]
     assert written == [b"1 a\n"]
+
+
+@pytest.mark.parametrize("words", [["cancel", RUN], ["cancel", RUN, "--now"]])
+def test_a_cancel_leaves_somebody_elses_job_alone(
+    cluster: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    """73, and nothing is asked of the server."""
+    theirs = _job()
+    theirs["metadata"]["labels"] = {"app": "billing"}
+    cluster.moments = [{"job": theirs, "pods": []}]
+    monkeypatch.setattr(verbs, "open_cluster", lambda _: cluster)
+    assert cli.main(words) == 73
+    assert "it is not lora-job's" in capsys.readouterr().err
+
+
+def test_a_server_that_is_away_for_a_moment_does_not_end_following(
+    cluster: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a run waits, `why` is asked again."""
+    away = [CutError("server", "429")]
+    whole = cluster.list
+
+    def list_(kind: str, **query: Any) -> list[Object]:
+        if kind == "Event" and away:
+            raise away.pop()
+        return whole(kind, **query)
+
+    monkeypatch.setattr(cluster, "list", list_)
+    arguments: Any = argparse.Namespace(output="text")
+    assert verb_submit._follow(cluster, RUN, "s3://b/p", arguments) == 79  # type: ignore[arg-type]
+    assert not away

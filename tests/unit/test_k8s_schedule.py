@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.errors import JobError
 from k8s import cli, verb_schedule
-from k8s.schedule import next_times
+from k8s.schedule import next_times, run_now
 
 CRON: dict[str, Any] = {
-    "metadata": {"name": "night", "uid": "u"},
+    "metadata": {
+        "name": "night",
+        "uid": "u",
+        "labels": {"app.kubernetes.io/name": "lora-job"},
+    },
     "spec": {
         "schedule": "0 2 * * *",
         "timeZone": "Etc/UTC",
@@ -115,3 +120,44 @@ def test_a_time_zone_that_does_not_exist(zone: str) -> None:
     with pytest.raises(JobError, match="tz database") as caught:
         next_times("0 2 * * *", zone, after=AFTER)
     assert caught.value.code == 78
+
+
+def test_a_second_writer_is_not_fired_where_the_store_could_not_stop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With single_writer, a night that runs is waited for; twice in a minute is still one run."""
+    cluster: Any = Scripted()
+    monkeypatch.setitem(
+        CRON["spec"]["jobTemplate"], "metadata", {"annotations": {"lora-job/single-writer": "true"}}
+    )
+    first, new = run_now(cluster, "night", now=60.0)
+    assert new
+    with pytest.raises(JobError, match=f"{first} is not over") as caught:
+        run_now(cluster, "night", now=120.0)
+    assert caught.value.code == 73
+    run_now(cluster, "night", now=61.0)
+    ended = {"conditions": [{"type": "Complete", "status": "True"}]}
+    for job in cluster.jobs:
+        job["status"] = ended
+    assert run_now(cluster, "night", now=120.0)[1]
+
+
+def test_a_job_file_brings_the_cluster_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is deleted is deleted where it was made, whatever the kubeconfig's context is now."""
+    opened: list[Any] = []
+
+    def opens(named: Any) -> Scripted:
+        opened.append((named.context, named.namespace))
+        return Scripted()
+
+    monkeypatch.setattr(verb_schedule, "open_cluster", opens)
+    job = 'name: night\ndevice: cuda\nstore: s3://b/p\nmodel: {source: "hf://a/b"}\n'
+    (tmp_path / "job.yaml").write_text(job + 'data: {source: "hf://a/c"}\n')
+    assert cli.main(["schedule", str(tmp_path / "job.yaml"), "--delete"]) == 0
+    (tmp_path / "cluster.yaml").write_text(
+        "platform: gke\nimage: r/i\ncontext: staging\nnamespace: ml\n"
+    )
+    assert cli.main(["schedule", str(tmp_path / "job.yaml"), "--delete"]) == 0
+    assert opened == [(None, None), ("staging", "ml")]

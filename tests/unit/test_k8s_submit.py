@@ -9,10 +9,11 @@ import structlog
 
 from job import logs
 from job.config import JobConfig, parse
-from job.errors import JobError
+from job.errors import ExitCode, JobError
 from k8s.config import ClusterConfig
+from k8s.refusals import AlreadyExistsError, ForbiddenError, NotFoundError
 from k8s.render import objects
-from k8s.submit import attach
+from k8s.submit import attach, ensure_config, sweep
 from k8s.terminal import new_stop
 
 Object = dict[str, Any]
@@ -112,3 +113,72 @@ def test_only_warnings_come_between_a_verbs_words(capsys: pytest.CaptureFixture[
         structlog.get_logger().warning("slow")
         said = capsys.readouterr().err
         assert [word for word in ("pulled", "slow") if word in said] == heard
+
+
+class Configs:
+    """A cluster with one ConfigMap, whose owners may be anybody or nobody."""
+
+    namespace = "here"
+
+    def __init__(self, **there: Any) -> None:
+        self.there, self.done = there, []  # type: ignore[var-annotated]
+
+    def create(self, item: Object) -> None:
+        """Refuse what is there."""
+        if item["kind"] in self.there:
+            raise AlreadyExistsError("configmaps/run-1")
+        self.done.append(("create", item["metadata"]["name"]))
+
+    def get(self, kind: str, _name: str) -> Any:
+        """What is there of this kind."""
+        return self.there.get(kind)
+
+    def list(self, kind: str, **_query: str) -> Any:
+        """All of this kind."""
+        found = self.there.get(kind, [])
+        if isinstance(found, Exception):
+            raise found
+        return found if isinstance(found, list) else [found]
+
+    def patch(self, kind: str, name: str, change: Object) -> None:
+        """Remember the owner; a dying object is gone by now."""
+        if self.there[kind].get("dying"):
+            del self.there[kind]
+            raise NotFoundError(name)
+        self.done.append(("own", change["metadata"]["ownerReferences"]))
+
+    def delete(self, _kind: str, name: str) -> None:
+        """Remember it."""
+        self.done.append(("delete", name))
+
+
+CONFIG_MAP: Object = {
+    "kind": "ConfigMap",
+    "metadata": {"name": "run-1", "creationTimestamp": "2026-11-22T02:00:00Z"},
+    "data": {"job.yaml": "x"},
+}
+
+
+def test_a_job_file_of_a_dying_owner_is_taken_from_it_or_made_anew() -> None:
+    """The garbage collector would take it from under the new Job."""
+    there: Any = Configs(ConfigMap=CONFIG_MAP)
+    ensure_config(there, CONFIG_MAP)
+    assert there.done == [("own", None)]
+    dying: Any = Configs(ConfigMap=CONFIG_MAP | {"dying": True})
+    ensure_config(dying, CONFIG_MAP)
+    assert dying.done == [("delete", "run-1"), ("create", "run-1")]
+
+
+@pytest.mark.parametrize(
+    ("crons", "done"),
+    [
+        ([], "delete"),
+        ([{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "n", "uid": "u"}}], "own"),
+        (ForbiddenError(ExitCode.NOT_ALLOWED, "cronjobs", "may not list", "…"), None),
+    ],
+)  # fmt: skip
+def test_a_sweep_spares_what_a_schedule_mounts(crons: Any, done: str | None) -> None:
+    """Adopted if it was cut off before that, and left alone where nobody may look."""
+    cluster: Any = Configs(ConfigMap=CONFIG_MAP, CronJob=crons)
+    sweep(cluster)
+    assert [deed for deed, _ in cluster.done] == ([done] if done else [])

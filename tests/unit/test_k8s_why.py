@@ -160,11 +160,12 @@ CASES: dict[str, tuple[Facts, str, str]] = {
                 "status": {
                     "phase": "Failed",
                     "reason": "Evicted",
-                    "message": "The node was low on resource: ephemeral-storage.",
+                    "message": "Pod ephemeral local storage usage exceeds the total limit "
+                    "of containers 200Gi.",
                 }
             },
         ),
-        "low on resource: ephemeral-storage",
+        "exceeds the total limit of containers",
         "raise ephemeral_storage",
     ),
     "bad-device": (
@@ -428,7 +429,13 @@ def test_a_limit_that_the_next_attempt_will_meet_too_is_named_at_once() -> None:
     running["metadata"]["creationTimestamp"] = "2026-11-22T02:32:00Z"
     answer = why(_facts(_job(), running, killed))
     assert (answer.cause, answer.do[:12]) == ("running", "raise memory")
-    assert "raise ephemeral_storage" in why(_facts(_job(), _evicted("low on disk"))).do
+    own = 'Container job exceeded its local ephemeral storage limit "200Gi".'
+    assert "raise ephemeral_storage" in why(_facts(_job(), _evicted(own))).do
+    theirs = (
+        "The node was low on resource: ephemeral-storage. Threshold quantity: 1Gi, available: 0. "
+        "Container job was using 20Gi, request is 200Gi, has larger consumption of it."
+    )
+    assert "nothing to do" in why(_facts(_job(), _evicted(theirs))).do
     assert "nothing to do" in why(_facts(_job(), _evicted("low on resource: memory"))).do
 
 
@@ -496,3 +503,50 @@ def test_no_progress_is_explained_by_what_ended_the_attempts_before() -> None:
     last["metadata"]["creationTimestamp"] = "2026-11-22T02:40:00Z"
     assert why(_facts(job, last, _ended(137, reason="OOMKilled"))).cause == "oom-killed"
     assert why(_facts(job, last, _ended(137))).cause == "exit-72"
+
+
+UP = _event("TriggeredScaleUp", "pod triggered scale-up: [{h100 0->1 (max: 2)}]")
+OUT = _event("FailedScaleUp", "Node scale up in zones z failed: GCE out of resources.")
+
+
+def test_the_newest_word_of_an_autoscaler_counts() -> None:
+    """Events are newest first: out of stock after it had tried is no node on its way."""
+    waiting = _unscheduled(GPU)
+    assert why(_facts(_job(), waiting, events=(UP, OUT))).cause == "scaling-up"
+    answer = why(_facts(_job(), waiting, events=(OUT, UP)))
+    assert answer.cause == "gpus"
+    assert "the autoscaler adds none: Node scale up in zones z failed" in answer.what
+
+
+def test_between_attempts_a_pod_that_is_refused_is_named() -> None:
+    """The quota went to somebody else meanwhile; what was refused before the last pod is past."""
+    full = _event("FailedCreate", "pods x is forbidden: exceeded quota: gpus, requested: 1")
+    newer = full | {"lastTimestamp": "2026-11-22T02:40:00Z"}
+    assert why(_facts(_job(), _ended(75), events=(newer,))).cause == "quota"
+    assert why(_facts(_job(), _ended(75), events=(full,))).cause == "between"
+
+
+def test_a_mount_that_has_passed_is_not_the_cause() -> None:
+    """A kubelet pulls once the volumes are there."""
+    failed = _event("FailedMount", "failed to sync configmap cache: timed out")
+    pulling = _event("Pulling", "Pulling image")
+    assert why(_facts(_job(), _pod(), events=(failed,))).cause == "volume"
+    assert why(_facts(_job(), _pod(), events=(pulling, failed))).cause == "pulling"
+
+
+def test_a_digest_is_no_status_code() -> None:
+    """Neither are names that hold `denied`."""
+    image = "registry.example/denied@sha256:aa403bb"
+    pod = _waiting("ErrImagePull", f'failed to pull "{image}": {image}: not found')
+    pod["spec"]["containers"][0]["image"] = image
+    assert why(_facts(_job(), pod)).cause == "image-absent"
+    pod = _waiting("ErrImagePull", "unexpected status code 403")
+    assert why(_facts(_job(), pod)).cause == "image-denied"
+
+
+def test_a_command_that_does_not_start_is_the_images_fault() -> None:
+    """Code 128 is the runtime's; an attempt without a code vanished."""
+    ended = _ended(128, reason="StartError", message='exec: "python": not found')
+    answer = why(_facts(_job(**LIMIT), ended))
+    assert (answer.cause, "exec:" in answer.what) == ("container", True)
+    assert "None" not in str(why(_facts(_job(), _pod(phase="Failed"))))

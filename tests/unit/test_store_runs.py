@@ -136,15 +136,35 @@ def test_a_zombie_deletes_nothing_of_its_heir(bench: Bench, tmp_path: Path) -> N
     assert heir.restore_checkpoint(tmp_path / "back") == 4
 
 
-def test_a_living_foreign_owner_keeps_the_run(bench: Bench) -> None:
-    """Another owner is refused (73) until the heartbeat is five minutes old."""
+def test_a_living_foreign_owner_keeps_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another owner waits for a sign of life, and is refused (73) once there is one."""
+    monkeypatch.setattr(runs, "LOOK_S", 0.01)
+    monkeypatch.setattr(runs, "SIGN_S", 0.01)
     bench.take("one")
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(bench.take, "two")
+        bench.clock.now += 61  # time for one's heartbeat
+        assert isinstance(error := refused.exception(30), JobError)
+    assert error.code is ExitCode.TAKEN
+    assert bench.head()["owner"] == "one"
+
+
+def test_a_foreign_owner_that_died_without_a_word_is_waited_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ran out, it was submitted anew with more: the run goes on, it is not refused."""
+    monkeypatch.setattr(runs, "SIGN_S", 0.01)
+    bench.vanish(bench.take("one"))
     bench.clock.now += 299
-    with pytest.raises(JobError) as caught:
-        bench.take("two")
-    assert code_of(caught) is ExitCode.TAKEN
-    bench.clock.now += 2
-    assert bench.take("two").epoch == 2
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(bench.take, "two")
+        with pytest.raises(TimeoutError):
+            taken.result(0.2)
+        bench.clock.now += 2
+        assert taken.result(30).epoch == 2
+    assert bench.head()["owner"] == "two"
 
 
 def test_an_ended_run_may_be_taken_by_anybody(bench: Bench) -> None:
@@ -247,8 +267,12 @@ def test_vanishing_at_different_places_is_bad_luck(bench: Bench) -> None:
     assert bench.take().epoch == 4
 
 
-def test_attempts_at_once_get_epochs_of_their_own(bench: Bench) -> None:
+def test_attempts_at_once_get_epochs_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pods of one Job that start together get different epochs; of foreign owners one gets in."""
+    for name, seconds in (("LOOK_S", 0.01), ("SIGN_S", 0.01), ("HEARTBEAT_S", 0.0)):
+        monkeypatch.setattr(runs, name, seconds)
     with ThreadPoolExecutor(4) as pool:
         taken = list(pool.map(lambda _: bench.take(), range(4)))
         assert sorted(a.epoch for a in taken) == [1, 2, 3, 4]
