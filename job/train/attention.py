@@ -41,6 +41,17 @@ class Case:
     scaling: float
 
 
+def allow_shapes() -> None:
+    """Let a run compile flex attention for each window, mask and length that it meets.
+
+    Past dynamo's limit of 8 it would compute all scores at full size, for the rest of the run, and
+    only warn of that.
+    """
+    from torch._dynamo import config  # seconds, which others need not wait for
+
+    config.recompile_limit = 64
+
+
 def choose(
     config: Any,
     dtype: torch.dtype,

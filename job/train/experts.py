@@ -14,11 +14,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations import moe
 
 log = structlog.get_logger()
@@ -62,7 +64,10 @@ class GroupedParamWrapper(ParamWrapper):
         # transposed, else (E, O, I). The kernel wants rows that lie together.
         if self._did_swap_in_out_features:
             lhs, rhs = rhs.transpose(-2, -1), lhs.transpose(-2, -1)
-        return Factors(lhs.contiguous(), rhs.contiguous(), scaling)
+        # It takes rows of whole 16 bytes: more columns, of nothing, make up a rank's.
+        short = -lhs.shape[-1] % (16 // lhs.element_size())
+        down, up = functional.pad(lhs, (0, short)), functional.pad(rhs, (0, 0, 0, short))
+        return Factors(down.contiguous(), up.contiguous(), scaling)
 
 
 def use_grouped_lora(model: nn.Module) -> int:
@@ -84,7 +89,8 @@ def use_grouped_lora(model: nn.Module) -> int:
 def _fits(wrapper: ParamWrapper) -> bool:
     experts = wrapper.get_base_layer()
     dispatches = hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", False)
-    return dispatches and wrapper.num_experts > 1 and not experts.has_post_expert_norm
+    plain = not getattr(experts, "has_post_expert_norm", False)
+    return dispatches and wrapper.num_experts > 1 and plain
 
 
 def grouped_lora_experts(
@@ -103,14 +109,45 @@ def grouped_lora_experts(
     expert_of, order = torch.sort(top_k_index.reshape(-1))
     experts = torch.arange(1, self.num_experts + 1, device=expert_of.device, dtype=expert_of.dtype)
     offsets = torch.searchsorted(expert_of, experts).to(torch.int32)
-    x = hidden_states[order // k]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.size(0), device=order.device)
+    x = _ToExperts.apply(hidden_states, order, inverse, k)
     x = self._apply_gate(_linear(self, "gate_up_proj", x, expert_of, offsets))
     x = _linear(self, "down_proj", x, expert_of, offsets)
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.size(0), device=order.device)
     # A sum over k in place of index_add: the same every time, also on a GPU.
-    return x[inverse].view(num_tokens, k, hidden).sum(dim=1).to(hidden_states.dtype)
+    x = _FromExperts.apply(x, order, inverse)
+    return x.view(num_tokens, k, hidden).sum(dim=1).to(hidden_states.dtype)
+
+
+class _ToExperts(torch.autograd.Function):
+    """(tokens, hidden) → (S, hidden), in the experts' order. Backward is a gather and a sum over k."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        (gradient,) = outputs
+        return gradient[inverse].view(-1, ctx.k, gradient.shape[-1]).sum(dim=1), None, None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """(S, hidden) back in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return outputs[0][order], None, None
 
 
 def _linear(experts: nn.Module, name: str, x: Tensor, expert_of: Tensor, offsets: Tensor) -> Tensor:
@@ -119,12 +156,12 @@ def _linear(experts: nn.Module, name: str, x: Tensor, expert_of: Tensor, offsets
     weight = weight if experts.is_transposed else weight.transpose(-2, -1)
     out = moe._grouped_mm(x, weight, offs=offsets)  # noqa: SLF001  picks the kernel that is there
     if experts.has_bias:
-        out = out + getattr(experts, f"{name}_bias")[expert_of]
+        out.add_(getattr(experts, f"{name}_bias")[expert_of])
     factors: Factors | None = experts.__dict__.get(LENT, {}).get(name)
     if factors is None:
         return out
-    low = moe._grouped_mm(x, factors.down, offs=offsets)  # noqa: SLF001
-    return out + moe._grouped_mm(low, factors.up, offs=offsets) * factors.scaling  # noqa: SLF001
+    low = moe._grouped_mm(x, factors.down, offs=offsets) * factors.scaling  # noqa: SLF001
+    return out.add_(moe._grouped_mm(low, factors.up, offs=offsets))  # noqa: SLF001
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_lora_experts)

@@ -12,8 +12,8 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.train.meters import memory_bytes
 
-# torch's own words, where it has no exception of its own.
-CPU_WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# The words of torch, cuBLAS and Triton, where they have no exception of their own.
+WORDS = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextlib.contextmanager
@@ -26,16 +26,21 @@ def memory_explained(model: Any, job: JobConfig) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        words = str(error)
-        is_cuda = isinstance(error, torch.OutOfMemoryError)
-        if not is_cuda and not any(known in words for known in CPU_WORDS):
+        if not is_lack(error):
             raise
+        words = str(error)
         raise JobError(
             ExitCode.OUT_OF_RESOURCES,
             f"train on {job.device}",
             f"out of memory: {terms(model, job)} ({words.strip().splitlines()[0][:160]})",
             mend(model, job),
         ) from error
+
+
+def is_lack(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory."""
+    words = any(known in str(error) for known in WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and words)
 
 
 def terms(model: Any, job: JobConfig) -> str:

@@ -10,7 +10,7 @@ import structlog
 import torch
 
 from job.errors import ExitCode, JobError
-from job.train.attention import choose
+from job.train.attention import allow_shapes, choose
 from job.train.devices import require_device
 
 log = structlog.get_logger()
@@ -113,6 +113,8 @@ def load_base(
     implementation, reason = pick_attention(attention, config, device)
     if training and device == "cuda" and attention == "auto" and has_sinks(config):
         implementation, reason = choose(config, precision, device)
+    if implementation == "flex_attention":
+        allow_shapes()
     # Straight to the GPU, shard by shard.
     extra = {"device_map": {"": 0}} if device == "cuda" and not on_host else {}
     with _unpacking(config):

@@ -13,6 +13,7 @@ from job.config import JobConfig
 from job.estimate import Shape, recomputes
 from job.train.collator import Collator, build_masks
 from job.train.loss import summed_loss
+from job.train.memory import is_lack
 from job.train.model import base_of
 from job.train.peers import Peers
 
@@ -57,16 +58,22 @@ def memory_lack(model: Any, batch: dict[str, torch.Tensor], device: str) -> str 
     """Return why a step on ``batch`` that keeps its activations does not fit, or None if it does."""
     base, training = base_of(model), model.training
     model.train()
+    if device == "cuda":
+        # What allocates beside torch (cuBLAS, Triton) would end otherwise than torch does.
+        torch.cuda.set_per_process_memory_fraction(1 - SPARE)
     try:
         _forward_and_back(base, {name: it.to(device) for name, it in batch.items()}, device)
         return _too_full(model) if device == "cuda" else None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_lack(error):
+            raise
         return str(error).strip().splitlines()[0][:160]
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
         gc.collect()
         if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.empty_cache()
 
 

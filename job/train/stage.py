@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -83,11 +84,21 @@ def _train(
         from job.train.peers import ALONE
 
         adapter = fit(context, model, dataset, folder, parts, restored, ALONE)
+        _let_go(context.job.device)
     # A list: the order of the parts tells the story.
     write_json(folder / "startup.json", {"parts": list(context.progress.startup().items())})
     for scratch in ("restored", "trainer"):
         shutil.rmtree(folder / scratch, ignore_errors=True)
     return adapter
+
+
+def _let_go(device: str) -> None:
+    """Free the base: trainer and callbacks hold each other, and the judge loads the next one."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _restore(context: Context, folder: Path, parts: dict[str, str]) -> Restored | None:

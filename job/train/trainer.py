@@ -112,12 +112,15 @@ def make_trainer(
 ) -> LoraTrainer:
     """Return the trainer of one run."""
     num_steps = planned_steps(job.train, len(rows), peers.size)
+    args = _arguments(job, num_steps, model, folder, recompute=recompute)
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # noqa: SLF001  This process has one; it would split each batch over all.
     with warnings.catch_warnings():
         # TRL still says gradient_checkpointing, and transformers wants another word for it.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = LoraTrainer(
             model=model,
-            args=_arguments(job, num_steps, model, folder, recompute=recompute),
+            args=args,
             train_dataset=(rows if peers.size == 1 else with_blank(rows)).with_format("numpy"),
             data_collator=collate,
             processing_class=tokenizer,

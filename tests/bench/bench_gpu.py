@@ -50,6 +50,8 @@ class Way:
     norms: bool = False
     experts: str = "three"
     """Layers whose experts are adapted: three, or all."""
+    batch: tuple[int, int] = (4, 4)
+    """Rows at once, and how often for a step: sixteen rows in any case."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,16 @@ SPARSE = (
     Way("no recompute alone", recompute=False),
     Way("fused norms alone", norms=True),
 )
-BEST = Way("all", packed=True, recompute=False, norms=True)
+# Four rows of 4,096 that keep their activations are more than 80 GB; two are not.
+BEST = Way("all", packed=True, recompute=False, norms=True, batch=(2, 8))
 DENSE = (
     Way("recipe", recipe=True),
     BEST,
     dataclasses.replace(BEST, name="all, flex attention", attention="flex_attention"),
-    dataclasses.replace(BEST, name="all but no recompute", recompute=True),
+    dataclasses.replace(BEST, name="all but no recompute", recompute=True, batch=(4, 4)),
     Way("ours, no lever"),
     Way("packing alone", packed=True),
-    Way("no recompute alone", recompute=False),
+    Way("no recompute alone", recompute=False, batch=(2, 8)),
     Way("fused norms alone", norms=True),
 )
 GPT_OSS = {
@@ -147,6 +150,12 @@ class Bench:
         named = (m for m in self.base.modules() if type(m).__name__.endswith("RMSNorm"))
         self.norms = {norm: type(norm) for norm in named}
 
+    def draw_anew(self) -> None:
+        """Draw the weights again, after what was made of them is gone."""
+        self.base, self.norms = None, {}
+        _collect()
+        self.build()
+
     @property
     def max_length(self) -> int:
         """Tokens of a row."""
@@ -202,7 +211,8 @@ class Bench:
                 "target_parameters": experts,
             },
             train={
-                "max_steps": steps, "batch_size": 4, "gradient_accumulation": 4,
+                "max_steps": steps, "batch_size": way.batch[0],
+                "gradient_accumulation": way.batch[1],
                 "gradient_checkpointing": way.recompute, "learning_rate": 2e-4,
                 "checkpoint_every_s": 1e6,
             },
@@ -222,8 +232,9 @@ def measure(bench: Bench, way: Way, *, warm: int, steps: int) -> dict[str, Any]:
     clock = _clock(bench.device)
     counts = _train(bench, way, warm + steps, clock)
     taken = sum(clock.seconds[warm:])
-    # Micro-batches, four a step; the loader may have fetched more than were trained on.
-    tokens = sum(counts[warm * 4 : (warm + steps) * 4])
+    # Micro-batches; the loader may have fetched more than were trained on.
+    _, each = way.batch
+    tokens = sum(counts[warm * each : (warm + steps) * each])
     rate = tokens / taken
     share = mfu(rate, active, bench.device)
     return {
@@ -250,7 +261,11 @@ def _train(bench: Bench, way: Way, steps: int, callback: Any) -> list[int]:
     """Train, and return the real tokens of each micro-batch; the base is as it was, also if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         make = _recipe if way.recipe else _ours
-        trainer, counts = make(bench, way, steps, Path(scratch), callback)
+        try:
+            trainer, counts = make(bench, way, steps, Path(scratch), callback)
+        except Exception:
+            bench.draw_anew()  # half wrapped
+            raise
         try:
             trainer.train()
         finally:
@@ -286,8 +301,9 @@ def _ours(bench: Bench, way: Way, steps: int, folder: Path, clock: Any) -> tuple
         recompute=way.recompute,
     )  # fmt: skip
     trainer.meters = Meters(folder / "history.jsonl", steps, 0, bench.device)
-    trainer.add_callback(Life(trainbed.make_context(job, folder), trainer, folder, {}))
+    # Before Life: the checkpoint at the end is no part of a step.
     trainer.add_callback(clock)
+    trainer.add_callback(Life(trainbed.make_context(job, folder), trainer, folder, {}))
     return trainer, _counted(trainer)
 
 
@@ -336,7 +352,7 @@ def _counted(trainer: Any) -> list[int]:
 
 
 def _set_attention(bench: Bench, way: Way) -> None:
-    from job.train.attention import choose
+    from job.train.attention import allow_shapes, choose
     from job.train.model import has_sinks
 
     base = bench.base
@@ -345,6 +361,7 @@ def _set_attention(bench: Bench, way: Way) -> None:
         name, bench.why = choose(base.config, base.dtype, bench.device)
     elif way.attention not in ("plain", "auto") and bench.device == "cuda":
         name, bench.why = way.attention, "asked for"
+    allow_shapes()
     base.set_attn_implementation(name)
     bench.why = f"{name}: {bench.why}"
 
@@ -405,8 +422,6 @@ def _profiler(device: str) -> Any:
 
 def _bare(trainer: Any) -> Any:
     """Return the base as it was, adapters and checkpointing taken off, and free the rest."""
-    import torch
-
     base = trainer.model.unload()
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads() if hasattr(base, "_require_grads_hook") else None
@@ -414,10 +429,16 @@ def _bare(trainer: Any) -> Any:
         base.config._experts_implementation = "grouped_mm"
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    _collect()
+    return base
+
+
+def _collect() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return base
 
 
 def profile_part(name: str, out: Path, *, tiny: bool = False) -> None:
@@ -476,7 +497,9 @@ def _try(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return call()
     except Exception as error:  # noqa: BLE001
-        return {"failed": (str(error).strip().splitlines() or [repr(error)])[0][:300]}
+        failed = (str(error).strip().splitlines() or [repr(error)])[0][:300]
+    _collect()  # what the traceback held
+    return {"failed": failed}
 
 
 def _say(name: str, figures: dict[str, Any]) -> None:

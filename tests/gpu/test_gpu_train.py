@@ -70,7 +70,7 @@ def test_a_step_that_fits_is_not_recomputed(tmp_path):
     [picked] = [e for e in logs if e["event"] == "recompute_picked"]
     assert (picked["recompute"], picked["reason"]) == (False, "the largest batch was tried")
 
-    base, _ = load_base(tmp_path / "model", device="cuda", dtype="bf16", attention="auto")
+    base, _ = load_base(tmp_path / "model", device="cuda", dtype="bfloat16", attention="auto")
     model = add_lora(base, trainbed.make_job(tmp_path, tmp_path).lora, seed=0)
     row = {"input_ids": [5] * 128, "labels": [5] * 128, "lengths": [128]}
     batch = Collator(0, packed=True)([row] * 200_000)

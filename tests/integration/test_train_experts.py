@@ -14,10 +14,12 @@ from job.train.experts import GroupedParamWrapper, use_grouped_lora
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def adapted(folder: Path, *, grouped: bool) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def adapted(
+    folder: Path, *, grouped: bool, rank: int = 4, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=PARAMETERS
+        r=rank, lora_alpha=8, target_modules=["q_proj"], target_parameters=PARAMETERS
     )
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(7)
@@ -50,6 +52,18 @@ def test_outputs_and_gradients_equal_pefts(tmp_path: Path, arch: str) -> None:
         assert scale > 0, name
         difference = (our_gradients[name] - gradient).abs().max().item()
         assert difference < 1e-4 * scale + 1e-7, name
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_a_rank_that_the_kernel_does_not_take_is_filled_up(tmp_path: Path, rank: int) -> None:
+    """grouped_mm wants rows of whole 16 bytes, 8 columns in bf16; every factor has its gradient."""
+    tiny.tiny_model(tmp_path, "gpt_oss", dtype=torch.bfloat16)
+    model = adapted(tmp_path, grouped=True, rank=rank, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, gradients = run(model)
+    factors = {n: p.shape for n, p in model.named_parameters() if "experts" in n and "lora_" in n}
+    assert {name: gradients[name].shape for name in factors} == factors
+    assert all(gradients[name].abs().max() > 0 for name in factors)
 
 
 def test_no_copy_of_the_experts_is_made(tmp_path: Path) -> None:

@@ -401,6 +401,57 @@ def test_out_of_memory_names_the_terms_and_the_setting(bed, monkeypatch, error, 
     assert mend in said.do
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"],
+)
+def test_memory_that_torch_does_not_count_runs_out_too(bed, monkeypatch, words):
+    """CuBLAS and Triton take theirs beside torch, and say so in words of their own."""
+
+    def fail(*_, **__):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("job.train.trainer.summed_loss", fail)
+    check_refused(ExitCode.OUT_OF_RESOURCES, "out of memory", bed.train)
+
+
+def test_the_base_is_let_go_once_it_is_trained(bed, monkeypatch):
+    """The judge loads one of its own: two would not fit where one does."""
+    import weakref
+
+    from job.train import fit
+
+    kept, real = [], fit.load_base
+
+    def load(*arguments, **settings):
+        base, attention = real(*arguments, **settings)
+        kept.append(weakref.ref(base))
+        return base, attention
+
+    monkeypatch.setattr(fit, "load_base", load)
+    bed.train(train={"epochs": 1})
+    assert [it() for it in kept] == [None]
+
+
+def test_several_gpus_and_one_process_do_not_split_its_batches(bed, monkeypatch):
+    """Transformers would wrap the model in DataParallel, which TRL refuses."""
+    from transformers import TrainingArguments
+
+    from job.train import trainer
+
+    whole = trainer._arguments
+
+    def sees_two(*arguments, **settings):
+        args = whole(*arguments, **settings)
+        args._n_gpu = 2
+        return args
+
+    monkeypatch.setattr(trainer, "_arguments", sees_two)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
+    adapter = bed.train(train={"epochs": 1})
+    assert adapter.steps > 0
+
+
 def test_other_errors_stay_bugs(bed, monkeypatch):
     """A RuntimeError that is not memory is nobody's mistake but ours."""
 

@@ -9,6 +9,7 @@ import torch
 import trainbed
 from datasets import Dataset
 
+from job.train import preflight
 from job.train.collator import IGNORED, Collator, Order, build_masks, unpack
 from job.train.loss import summed_loss
 from job.train.model import load_base
@@ -139,6 +140,29 @@ def test_the_preflight_refuses_a_model_that_leaks(tmp_path, monkeypatch):
     fault = packing_fault(model, some_documents("llama"), 0)
     assert fault is not None
     assert "packed logits differ by" in fault
+
+
+@pytest.mark.parametrize("arch", ["gpt_oss", "llama"])
+def test_in_bf16_a_leak_is_told_from_rounding(tmp_path, monkeypatch, arch):
+    """Rounding may send a token to another expert; what another document says may change nothing."""
+    tiny.tiny_model(tmp_path, arch, dtype=torch.bfloat16)
+    model = load_base(tmp_path, device="cpu", dtype="bfloat16")[0]
+    documents, real = some_documents(arch), preflight._alone
+    assert packing_fault(model, documents, 0) is None
+
+    def noisy(model, tokens):
+        logits = real(model, tokens)
+        return logits + 0.1 * logits.abs().mean() * torch.randn(logits.shape)
+
+    monkeypatch.setattr(preflight, "_alone", noisy)
+    assert packing_fault(model, documents, 0) is None
+
+    def causal(documents, config, dtype):
+        return build_masks(torch.ones_like(documents), config, dtype)
+
+    monkeypatch.setattr(preflight, "build_masks", causal)
+    monkeypatch.setattr(preflight, "LIMIT_BF16", 10)
+    assert "another document before them" in packing_fault(model, documents, 0)
 
 
 def test_the_preflight_refuses_an_unknown_architecture(tmp_path):
