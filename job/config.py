@@ -10,6 +10,7 @@ import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -263,6 +264,15 @@ class MlflowSection(Section):
     experiment: str = "lora-job"
     run_name: str | None = None
     tracking_uri: str | None = None
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value and "@" in urlsplit(value).netloc:
+            raise ValueError(
+                "holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return value
 
 
 class TrackioSection(Section):

@@ -64,7 +64,7 @@ def used_bytes(folders: Iterable[Path]) -> int:
     for folder in folders:
         for parent, folders_in, names in os.walk(folder):
             for name in (*names, *folders_in):
-                with contextlib.suppress(FileNotFoundError):  # gone since
+                with contextlib.suppress(OSError):  # gone since, or not ours to see
                     found = os.lstat(os.path.join(parent, name))
                     taken[found.st_dev, found.st_ino] = found.st_blocks * BLOCK_BYTES
     return sum(taken.values())

@@ -18,6 +18,7 @@ from job.artifacts import Receipt
 from job.errors import ExitCode, JobError, name_of
 from job.files import explained
 from job.progress import Progress
+from job.retry import TransientError
 
 if TYPE_CHECKING:
     from job.store.runs import Attempt
@@ -57,11 +58,11 @@ class Ending:
         try:
             yield
             self.code = int(ExitCode.VERIFIED)
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001 - a code for whatever it is
             error = explain(raised, where="run")
             self.code = int(error.code) if error else BUG
+            tell_bug(raised)
             if error is None:
-                log.exception("bug", what=str(raised))
                 error = JobError(ExitCode.USAGE, "lora-job", repr(raised), "report it: see the log")
         self.close(error, progress)
 
@@ -104,6 +105,13 @@ class Ending:
         return {**kept, "duration_s": duration_s, **({"said": said} if said else {})}
 
 
+def tell_bug(error: BaseException) -> None:
+    """Log the traceback of what no user can mend, once."""
+    if explain(error, where="run") is None and not getattr(error, "told", False):
+        log.exception("bug", what=str(error))
+        error.told = True  # type: ignore[attr-defined]
+
+
 def explain(error: BaseException, *, where: str) -> JobError | None:
     """Return what an exception means to a user, or None if it is a bug.
 
@@ -112,6 +120,8 @@ def explain(error: BaseException, *, where: str) -> JobError | None:
     """
     if isinstance(error, JobError):
         return error
+    if isinstance(error, TransientError):
+        return JobError(ExitCode.STORE, where, str(error), "see that, then start again")
     if isinstance(error, MemoryError):
         do = "give it more memory, or batch_size less"
         return JobError(ExitCode.OUT_OF_RESOURCES, where, "out of memory", do)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".bin.index.json")
 CARD = "README.md"
+SILENT_S = 60.0
+"""A server that says nothing for so long is asked again."""
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -32,7 +36,34 @@ def api() -> Any:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    limit_requests()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="lora-job")
+
+
+@functools.cache
+def limit_requests() -> None:
+    """Give every request of the client an end: by itself it waits for an answer for ever.
+
+    On ``send``, because some of its calls say ``timeout=None`` themselves.
+    """
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited_client() -> Any:
+        client = default_client_factory()
+        send = client.send
+
+        def limited(request: Any, **how: Any) -> Any:
+            if not any((request.extensions.get("timeout") or {}).values()):
+                limit = httpx2.Timeout(SILENT_S).as_dict()
+                request.extensions = {**request.extensions, "timeout": limit}
+            return send(request, **how)
+
+        client.send = limited
+        return client
+
+    set_client_factory(limited_client)
 
 
 @contextlib.contextmanager
@@ -129,7 +160,10 @@ def check_access(section: HubSection, *, stop: Stop) -> None:
             what, do = "needs a token, and there is none", "set HF_TOKEN to a token that may write"
             raise JobError(ExitCode.NOT_ALLOWED, "publish.hub", what, do)
         with hub_errors("publish.hub"):
-            api().whoami()
+            me = api().whoami()
+        if (me.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+            what, do = "its token may only read", "set HF_TOKEN to a token that may write"
+            raise JobError(ExitCode.NOT_ALLOWED, "publish.hub", what, do)
 
     retry("publish.hub", lambda: interruptible(ask, stop=stop), stop=stop)
 
@@ -153,7 +187,8 @@ def publish_folder(repo_id: str, folder: Path, *, private: bool, message: str, s
 
     # A head that moves all the time ends at the deadline, like a busy server.
     commit = retry(where, lambda: interruptible(attempt, stop=stop), stop=stop)
-    retry(where, lambda: _verify(repo_id, commit, files), stop=stop)
+    verify = partial(_verify, repo_id, commit, files)
+    retry(where, lambda: interruptible(verify, stop=stop), stop=stop)
     log.info("hub_published", repository=repo_id, commit=commit, num_files=len(files))
     return commit
 

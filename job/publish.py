@@ -19,6 +19,7 @@ from job.config import JobConfig
 from job.errors import ExitCode, JobError
 from job.files import fingerprint, list_files, write_bytes, write_json
 from job.hub import publish_folder
+from job.store.manifest import delete_folders
 from job.store.versions import move_channel, version_folder, version_name, write_version
 
 if TYPE_CHECKING:
@@ -84,7 +85,18 @@ def publish(
         )
         attempt.published(receipt)
         log.info("version_published", uri=receipt.uri, size_bytes=receipt.size_bytes)
+        _forget_begun(context, version)
         return announce(context, receipt)
+
+
+def _forget_begun(context: Context, published: str) -> None:
+    """Delete what attempts of this run wrote that died before theirs was the published version."""
+    attempt = context.attempt
+    others = [version for version in attempt.begun if version != published]
+    try:
+        delete_folders(attempt.store, f"{context.job.name}/versions", iter(others))
+    except JobError as error:
+        log.warning("begun_versions_kept", versions=others, reason=str(error))
 
 
 def announce(context: Context, receipt: Receipt) -> Receipt:
@@ -93,9 +105,10 @@ def announce(context: Context, receipt: Receipt) -> Receipt:
     The head says ``published`` already, so only the run's holder comes here. An attempt that died
     just before this is made good by the next one.
     """
-    if receipt.channel is None or receipt.channel_state is not None:
-        return receipt
     attempt = context.attempt
+    if receipt.channel is None or receipt.channel_state is not None:
+        attempt.published(receipt)
+        return receipt
     order = (attempt.scheduled, attempt.epoch)
     state = move_channel(attempt.store, receipt.name, receipt.channel, receipt.version, order)
     log.info("channel_asked", channel=receipt.channel, state=state, version=receipt.version)

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from job import logs
+from job.ending import tell_bug
 from job.errors import JobError
 from job.store.runs import Attempt
 
@@ -33,7 +34,7 @@ def shipped_log(attempt: Attempt, work: Path) -> Iterator[None]:
             piece = piece[: piece.rfind(b"\n") + 1]
             if piece:
                 try:
-                    attempt.put(f"log-{number:03d}.jsonl", piece)
+                    attempt.put(f"log-{number:05d}.jsonl", piece)
                 except JobError as error:
                     log.warning("log_not_shipped", reason=str(error))
                 else:
@@ -45,6 +46,9 @@ def shipped_log(attempt: Attempt, work: Path) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception as error:
+        tell_bug(error)  # before the last piece goes
+        raise
     finally:
         over.set()
         thread.join(timeout=30)

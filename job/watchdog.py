@@ -1,4 +1,4 @@
-"""A training that makes no step for too long hangs: say so and end with 69.
+"""A stage on the GPU that does not get on for too long hangs: say so and end with 69.
 
 Python can't interrupt a thread that is stuck in a driver or a collective, so the process ends
 itself, after its last words: before any liveness probe would kill it without one.
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+ON_DEVICE = ("train", "judge")
+
 
 @contextlib.contextmanager
 def watched(context: Context, ending: Ending) -> Iterator[None]:
-    """Watch the training's beat while the block runs; end the process with 69 when it stops."""
+    """Watch the beat of stages on the GPU while the block runs; end with 69 when it stops."""
     timeout_s = context.job.train.step_timeout_s
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(min(1.0, timeout_s / 4)):
             silent_s = time.monotonic() - context.progress.last_beat
-            if context.progress.snapshot()["stage"] == "train" and silent_s > timeout_s:
-                _last_words(context, ending, silent_s)
+            stage = str(context.progress.snapshot()["stage"])
+            if stage in ON_DEVICE and silent_s > timeout_s:
+                _last_words(context, ending, stage, silent_s)
                 os._exit(int(ExitCode.HARDWARE))
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
@@ -46,10 +49,10 @@ def watched(context: Context, ending: Ending) -> Iterator[None]:
         thread.join()
 
 
-def _last_words(context: Context, ending: Ending, silent_s: float) -> None:
+def _last_words(context: Context, ending: Ending, stage: str, silent_s: float) -> None:
     what = f"no step for {silent_s:.0f} s (train.step_timeout_s)"
     do = "look at the GPU and its driver; the next attempt goes on from the last checkpoint"
-    error = JobError(ExitCode.HARDWARE, "train", what, do)
+    error = JobError(ExitCode.HARDWARE, stage, what, do)
     log.error("run_finished", code=int(error.code), said=str(error))
     ending.code = int(error.code)
     ending.close(error, context.progress)

@@ -75,6 +75,7 @@ class Hub:
         self.ranges: list[str] = []
         self.over = threading.Event()
         self.endpoint = ""
+        self.role = "write"
         self._lock = threading.Lock()
 
     def add(
@@ -203,7 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if not self._authorized():
             raise _refusal(401, "", "Invalid credentials in Authorization header")
-        raise _Answer(200, {"type": "user", "name": "tester", "auth": {}})
+        raise _Answer(200, {"type": "user", "name": "tester", "auth": self._auth()})
+
+    def _auth(self) -> dict[str, Any]:
+        return {"type": "access_token", "accessToken": {"role": self.hub.role}}
 
     def create(self) -> None:
         self._require_write()

@@ -15,6 +15,7 @@ import structlog
 
 from job.artifacts import Source, reuse
 from job.config import JobConfig
+from job.errors import ExitCode, JobError
 from job.files import fingerprint, list_files, refusals, sha256_file, write_json
 from job.hub import check_access
 from job.progress import Progress
@@ -235,6 +236,9 @@ def _alone(home: Path, stop: Stop) -> Iterator[None]:
 def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        what, do = f"can't be locked ({error.strerror})", "mount it with locks, or use another"
+        raise JobError(ExitCode.CONFIG, "the cache's folder", what, do) from error
     return True

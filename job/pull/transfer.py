@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -84,8 +85,10 @@ class _File:
         """Bring the file to its path and return its sha256."""
         where, begun = f"{self.pin.uri}/{self.name}", _begin(self.path)
         for _ in range(NUM_TRIES_OF_BAD_BYTES):
+            largest = 0
             while begun.stat().st_size < self.pinned.size:
-                retry(where, lambda: self._stream(begun), stop=self.stop)
+                retry(where, partial(self._stream, begun, largest), stop=self.stop)
+                largest = max(largest, begun.stat().st_size)
             sha256, wrong = _digest(begun, self.pinned, self.stop)
             if wrong is None:
                 begun.replace(self.path)
@@ -94,8 +97,11 @@ class _File:
             begun.write_bytes(b"")
         raise not_proven(where, wrong or "", "pull again later, or pin a revision that is whole")
 
-    def _stream(self, begun: Path) -> None:
-        """Go on with a begun file; a stream that breaks is no failure if it brought something."""
+    def _stream(self, begun: Path, largest: int) -> None:
+        """Go on with a begun file; a stream that breaks is no failure if it brought something new.
+
+        New is what is beyond the file's ``largest`` size so far: a server may know no ranges.
+        """
         with open(begun, "ab") as handle:
             offset = handle.tell()
             try:
@@ -108,13 +114,14 @@ class _File:
                             return
             except RestartError:
                 handle.truncate(0)
-                return
+                what = "the server sends it from the beginning only"
+                raise TransientError(what) from None
             except TransientError as error:
-                if handle.tell() == offset:
+                if handle.tell() <= max(offset, largest):
                     raise
                 at_byte, reason = handle.tell(), str(error)[:200]
                 log.warning("pull_resumed", what=self.name, at_byte=at_byte, reason=reason)
-            if handle.tell() == offset:
+            if handle.tell() <= max(offset, largest):
                 raise TransientError(f"the stream ended at byte {offset} of {self.pinned.size}")
 
 

@@ -13,7 +13,9 @@ from job.progress import Progress
 
 Head = dict[str, Any]
 
-STALE_S = 5 * 60.0
+STALE_S, SURE_S, SKEW_S = 5 * 60.0, 90.0, 20 * 60.0
+"""How old a heartbeat is if its owner is dead, how long that is looked at before it is believed
+(more than one beat), and what two machines' clocks may differ by."""
 MAX_ATTEMPTS, MAX_VANISHED = 5, 2
 ENDS_KEPT = 100
 
@@ -33,7 +35,6 @@ def next_head(head: Head | None, run_id: str, owner: str, now: float) -> Head:
         head |= {"ends": [], "state": "running", "receipt": None}
     else:
         head = copy.deepcopy(head)
-        _require_not_living(head, run_id, owner, now)
         if not _ended(head):
             last = head.get("progress", {})
             place = {"stage": last.get("stage"), "step": last.get("step")}
@@ -60,13 +61,19 @@ def add_end(head: Head, *, code: int | None, **figures: Any) -> None:
     head["ends"] = [*head["ends"], end | figures][-ENDS_KEPT:]
 
 
-def _require_not_living(head: Head, run_id: str, owner: str, now: float) -> None:
+def silence_s(head: Head, owner: str, now: float) -> float:
+    """Return for how long a head must not move before ``owner`` may take it; 0 if it may at once."""
     age_s = now - head["heartbeat"]
-    if head["owner"] == owner or _ended(head) or age_s > STALE_S:
-        return
-    what = f"owner {head['owner']} works on it (heartbeat {max(0, age_s):.0f} s ago)"
-    do = "wait for it, or end it"
-    raise JobError(ExitCode.TAKEN, run_id, what, do)
+    if head["owner"] == owner or _ended(head) or age_s > SKEW_S:
+        return 0.0
+    return min(STALE_S, max(STALE_S - age_s, SURE_S))
+
+
+def taken(head: Head, run_id: str, now: float) -> JobError:
+    """Return the refusal of a run that somebody else works on."""
+    age_s = max(0, now - head["heartbeat"])
+    what = f"owner {head['owner']} works on it (heartbeat {age_s:.0f} s ago)"
+    return JobError(ExitCode.TAKEN, run_id, what, "wait for it, or end it")
 
 
 def _require_progress(head: Head, run_id: str, owner: str) -> None:
@@ -80,7 +87,9 @@ def _require_progress(head: Head, run_id: str, owner: str) -> None:
     places = {(end["code"], end["stage"], end["step"] or 0) for end in last}
     same = len(last) == MAX_VANISHED and len(places) == 1
     # At "start" nothing is known of the place: pods that were started at once look like this too.
-    if same and last[0]["code"] is None and last[0]["stage"] != "start":
+    # Who was asked to end was taken away by somebody, and no place's fault.
+    vanished = same and last[0]["code"] is None and last[0]["stage"] != "start"
+    if vanished and not any(end.get("stopping") for end in last):
         what = (
             f"{MAX_VANISHED} attempts vanished without a word in stage {last[0]['stage']}, "
             f"step {last[0]['step']} (out of memory?)"

@@ -25,7 +25,15 @@ from job.progress import Progress
 from job.stop import Stop
 from job.store import checkpoints
 from job.store.base import ConflictError, ExistsError, Small, Store
-from job.store.heads import Head, add_end, figures_of, next_head, run_folder
+from job.store.heads import (
+    Head,
+    add_end,
+    figures_of,
+    next_head,
+    run_folder,
+    silence_s,
+    taken,
+)
 
 log = structlog.get_logger()
 
@@ -150,7 +158,17 @@ class Attempt:
 
     def publishing(self, version: str) -> None:
         """Say in the head that ``version`` is being written."""
-        self._swap(self.store, lambda head: head.update(state=f"publishing:{version}"))
+
+        def begin(head: Head) -> None:
+            begun = sorted({*head.get("begun", []), version})
+            head.update(state=f"publishing:{version}", begun=begun)
+
+        self._swap(self.store, begin)
+
+    @property
+    def begun(self) -> list[str]:
+        """Versions that attempts of this run began to write; one of them at most is published."""
+        return list(self._head.get("begun", []))
 
     def published(self, receipt: Receipt) -> None:
         """Make ``receipt`` the run's result: in the head, which fences, then in receipt.json."""
@@ -249,30 +267,13 @@ def take(
 ) -> Attempt:
     """Begin the run's next attempt, and its heartbeat.
 
-    Another owner's attempt may have died without a word: it is waited for until its head moves, or
-    is too old.
-
     Raises:
         JobError: 72 if attempts come and go without progress, 73 if another owner's is alive.
     """
-    key, silent = f"{run_folder(run_id)}/head.json", None
+    key = f"{run_folder(run_id)}/head.json"
     while True:
-        found = store.get(key)
-        known: Head | None = json.loads(found.body) if found else None
-        try:
-            head = next_head(known, run_id, owner, clock())
-        except JobError as error:
-            if (
-                error.code is not ExitCode.TAKEN
-                or known is None
-                or silent not in (None, known["seq"])
-            ):
-                raise
-            if silent is None:
-                log.info("owner_awaited", reason=error.what)
-            silent = known["seq"]
-            stop.wait(SIGN_S)
-            continue
+        found = _silent(store, key, run_id, owner, stop, clock)
+        head = next_head(json.loads(found.body) if found else None, run_id, owner, clock())
         head["progress"] = figures_of(progress)
         body = to_json(head)
         try:
@@ -286,10 +287,35 @@ def take(
     return Attempt(store, run_id, held, stop=stop, progress=progress, clock=clock)
 
 
+def _silent(
+    store: Store, key: str, run_id: str, owner: str, stop: Stop, clock: Clock
+) -> Small | None:
+    """Return the head once it may be taken: another owner's has ended, or moves no more.
+
+    Clocks of two machines may differ, so that a head is old proves little: it is looked at. An
+    owner who says that it is ending is given the time to.
+    """
+    seq, since, needed_s = None, 0.0, 0.0
+    while True:
+        found = store.get(key)
+        head: Head | None = json.loads(found.body) if found else None
+        wanted_s = silence_s(head, owner, clock()) if head else 0.0
+        if head is None or wanted_s == 0.0:
+            return found
+        if seq is not None and seq != head["seq"] and not head.get("stopping"):
+            raise taken(head, run_id, clock())
+        if seq != head["seq"]:
+            seq, since, needed_s = head["seq"], time.monotonic(), wanted_s
+            log.info("owner_awaited", owner=head["owner"], at_most_s=round(needed_s))
+        elif time.monotonic() - since >= needed_s:
+            return found
+        stop.wait(SIGN_S)
+
+
 def _tidy(store: Store, run_id: str, job_text: bytes) -> None:
-    with contextlib.suppress(ExistsError):  # the first attempt's stays
-        store.create(f"{run_folder(run_id)}/job.yaml", job_text)
     try:
+        with contextlib.suppress(ExistsError):  # the first attempt's stays
+            store.create(f"{run_folder(run_id)}/job.yaml", job_text)
         store.sweep(f"{run_folder(run_id)}/checkpoints/")
     except JobError as error:
-        log.warning("not_swept", reason=str(error))
+        log.warning("not_tidied", reason=str(error))

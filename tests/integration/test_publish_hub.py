@@ -171,6 +171,25 @@ def test_access_is_checked_before_any_work(
     assert caught.value.code is ExitCode.NOT_ALLOWED
 
 
+def test_a_token_that_may_only_read_is_told_at_the_start(hub: Hub) -> None:
+    """And not after a night of training."""
+    hub.role = "read"
+    with pytest.raises(JobError, match="may only read") as caught:
+        check_access(HubSection(adapter=REPO), stop=Stop())
+    assert caught.value.code is ExitCode.NOT_ALLOWED
+
+
+def test_a_hub_that_accepts_and_never_answers_is_74(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself would wait for ever, and the pod with its GPU."""
+    monkeypatch.setattr("job.hub.SILENT_S", 0.2)
+    hub.faults = [Fault("GET /api/whoami", "hold", times=9)]
+    with pytest.raises(JobError, match="ReadTimeout") as caught:
+        check_access(HubSection(adapter=REPO), stop=Stop(patience_s=0.5))
+    assert caught.value.code is ExitCode.STORE
+
+
 def test_a_job_without_the_hub_asks_it_nothing(hub: Hub) -> None:
     """No repository in the job file, no request."""
     check_access(HubSection(), stop=Stop())

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -179,3 +181,30 @@ def test_an_address_where_a_folder_is_wanted_is_refused_as_it_was_typed(
     address = next(word for word in words if "://" in word)
     assert f"{address} is no folder" in said
     assert said.count("\n") == 1
+
+
+def test_a_bugs_traceback_is_in_the_stored_log(tmp_path: Path) -> None:
+    """On a spot node the pod's own stderr is gone; it is told once."""
+    from job.ending import Ending
+    from job.progress import Progress
+    from job.shipping import shipped_log
+
+    sent: dict[str, bytes] = {}
+    attempt: Any = SimpleNamespace(epoch=1, put=sent.__setitem__)
+    ending = Ending(run_id="r", began=0.0)
+    with ending.recorded(Progress()), shipped_log(attempt, tmp_path):
+        raise KeyError("boom")
+    text = b"".join(sent.values()).decode()
+    assert "Traceback" in text
+    assert text.count("boom") > 0
+    assert ending.code == 1
+
+
+def test_a_file_system_that_fails_for_a_moment_is_no_bug() -> None:
+    """Where nobody tries again it is 74, in one line."""
+    from job.ending import explain
+    from job.retry import TransientError
+
+    error = explain(TransientError("Stale file handle"), where="run")
+    assert error is not None
+    assert error.code == 74

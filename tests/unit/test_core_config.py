@@ -54,6 +54,10 @@ def test_a_minimal_file_is_enough() -> None:
         ("merge: {format: none}\npublish: {hub: {merged: a/b}}", r"needs a merge"),
         ("judge: {prompts: [{user: ''}]}", r"judge.prompts.0.user: .*at least 1 character"),
         ("store: gs://bucket", r"store must be s3://"),
+        (
+            "track: {mlflow: {tracking_uri: 'https://me:secret@mlflow.example'}}",
+            r"track.mlflow.tracking_uri: holds a password; set MLFLOW_TRACKING_USERNAME",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_mend(change: str, words: str) -> None:

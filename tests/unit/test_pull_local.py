@@ -13,12 +13,16 @@ import sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job import pull
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.pull import pull_one, resolve
-from job.pull.pin import Hashes, Pin, SourceKind
+from job.pull.pin import Hashes, Pin, PinnedFile, SourceKind
 from job.pull.select import check_safetensors, front_matter, selected
+from job.pull.transfer import RestartError, _File
+from job.retry import TransientError
 from job.stop import Stop
+from job.store.transfer import Meter
 
 
 def pulled(uri: str, folder: Path, kind: SourceKind = "model", **more: Any) -> Any:
@@ -174,3 +178,46 @@ def test_a_gguf_alone_is_a_model() -> None:
     assert selected(["a.gguf", "README.md"], "model", where="x") == ["a.gguf"]
     names = ["a.gguf", "config.json", "model.safetensors"]
     assert selected(names, "model", where="x") == names[1:]
+
+
+def test_a_cache_that_knows_no_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """78, and not an endless wait for another process."""
+    import errno
+
+    def flock(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("job.pull.fcntl.flock", flock)
+    base = sources.write_files(tmp_path / "base", sources.model_files())
+    with pytest.raises(JobError, match="can't be locked") as caught, pull._alone(base, Stop()):
+        pytest.fail("went on")
+    assert caught.value.code is ExitCode.CONFIG
+
+
+def test_a_server_without_ranges_that_breaks_ends_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never comes further than the first time: no hammering, and 74."""
+    monkeypatch.setattr("job.retry.FIRST_WAIT_S", 0.01)
+    asked: list[int] = []
+
+    @contextlib.contextmanager
+    def cut(_name: str, _pinned: Any, offset: int) -> Any:
+        asked.append(offset)
+        if offset:
+            raise RestartError
+
+        def chunks() -> Any:
+            yield b"x" * 10
+            raise TransientError("cut")
+
+        yield chunks()
+
+    pin = Pin(uri="hf://a/b", files={"f": PinnedFile(size=100)})
+    file = _File(pin, "f", tmp_path / "f", cut, Meter(Progress(), 100), Stop(patience_s=0.3))
+    with pytest.raises(JobError) as caught:
+        file.pull()
+    assert caught.value.code is ExitCode.STORE
+    assert 2 < len(asked) < 100

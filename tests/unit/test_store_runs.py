@@ -15,7 +15,7 @@ from job.artifacts import Receipt
 from job.errors import ExitCode, JobError
 from job.progress import Progress
 from job.stop import Stop, preempted
-from job.store import open_store, runs
+from job.store import heads, open_store, runs
 from job.store.runs import Attempt, take
 
 RUN = "demo-0123abcd"
@@ -156,15 +156,90 @@ def test_a_foreign_owner_that_died_without_a_word_is_waited_out(
 ) -> None:
     """Memory ran out, it was submitted anew with more: the run goes on, it is not refused."""
     monkeypatch.setattr(runs, "SIGN_S", 0.01)
+    monkeypatch.setattr(heads, "STALE_S", 0.3)
     bench.vanish(bench.take("one"))
-    bench.clock.now += 299
     with ThreadPoolExecutor(1) as pool:
-        taken = pool.submit(bench.take, "two")
+        heir = pool.submit(bench.take, "two")
         with pytest.raises(TimeoutError):
-            taken.result(0.2)
-        bench.clock.now += 2
-        assert taken.result(30).epoch == 2
+            heir.result(0.1)
+        assert heir.result(30).epoch == 2
     assert bench.head()["owner"] == "two"
+
+
+@pytest.mark.parametrize("skew_s", [-400, 3600])
+def test_clocks_of_two_machines_prove_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, skew_s: int
+) -> None:
+    """A beat that looks old is looked for; one from the future is waited for no longer than others."""
+    for name in ("SIGN_S", "LOOK_S"):
+        monkeypatch.setattr(runs, name, 0.01)
+    monkeypatch.setattr(heads, "STALE_S", 0.2)
+    monkeypatch.setattr(heads, "SURE_S", 0.2)
+    bench.clock.now += skew_s
+    dead = bench.take("one")
+    bench.vanish(dead)
+    bench.clock.now -= skew_s
+    assert bench.take("two").epoch == 2
+
+    monkeypatch.setattr(heads, "SURE_S", 20.0)
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.0)
+    bench.take("two", stage="train")
+    bench.clock.now += 400
+    with pytest.raises(JobError) as caught:
+        bench.take("three")
+    assert code_of(caught) is ExitCode.TAKEN
+
+
+def test_an_owner_that_is_ending_is_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last swaps are no sign that it goes on: a submit right after a cancel gets the run."""
+    for name in ("SIGN_S", "LOOK_S", "HEARTBEAT_S"):
+        monkeypatch.setattr(runs, name, 0.01)
+    ending = bench.take("one")
+    ending._stop.request(preempted("SIGTERM"))
+    wait_for(lambda: bench.head()["stopping"])
+    with ThreadPoolExecutor(1) as pool:
+        heir = pool.submit(bench.take, "two")
+        with pytest.raises(TimeoutError):
+            heir.result(0.2)
+        ending.end(record(75))
+        assert heir.result(30).epoch == 2
+
+
+def test_two_that_were_taken_away_while_they_loaded_are_no_dead_end(bench: Bench) -> None:
+    """A spot notice ended them before their first step: somebody asked, no memory ran out."""
+    for _ in range(2):
+        attempt = bench.take(stage="train")
+        attempt._stop.request(preempted("SIGTERM"))
+        attempt._swap(attempt._lasting, lambda _: None)
+        bench.vanish(attempt)
+    assert bench.take().epoch == 3
+
+
+def test_a_published_run_always_has_its_receipt(bench: Bench) -> None:
+    """Killed between the head's swap and receipt.json: the next attempt writes it."""
+    from types import SimpleNamespace
+
+    from job.publish import announce
+
+    bench.take().published(a_receipt())
+    path = bench.folder / f"_runs/{RUN}/receipt.json"
+    path.unlink()
+    attempt = bench.take()
+    receipt = attempt.receipt()
+    assert receipt is not None
+    announce(SimpleNamespace(attempt=attempt), receipt)  # type: ignore[arg-type]
+    assert path.exists()
+
+
+def test_versions_that_were_begun_are_remembered_over_attempts(bench: Bench) -> None:
+    """So that the one which publishes can delete what the others left."""
+    bench.vanish(first := bench.take())
+    first.publishing("v1")
+    second = bench.take()
+    second.publishing("v2")
+    assert second.begun == ["v1", "v2"]
 
 
 def test_an_ended_run_may_be_taken_by_anybody(bench: Bench) -> None:
