@@ -323,6 +323,11 @@ class JobConfig(Section):
             raise ValueError("train.sharding: fsdp2 needs lora.expert_forward: grouped")
         if self.train.sharding == "fsdp2" and self.train.num_processes == 1:
             raise ValueError("train.sharding: fsdp2 needs more than one of train.num_processes")
+        if self.merge.format == "mxfp4-preserve" and self.lora.target_parameters:
+            raise ValueError(
+                "merge.format: mxfp4-preserve can't hold what lora.target_parameters adds to "
+                "experts; set it to base"
+            )
         if self.merge.format == "none" and self.publish.hub.merged:
             raise ValueError("publish.hub.merged needs a merge; set merge.format to base")
         if "://" in self.store and not re.match(r"^s3://[^/]+", self.store):
@@ -354,6 +359,19 @@ def load_job(path: Path) -> JobConfig:
     return parse(text, JobConfig, where=str(path))
 
 
+class _NoTwice(yaml.SafeLoader):
+    """A mapping that names a key twice would silently lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping, or refuse it."""
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
+        if twice is not None:
+            what = f"{twice.value} is named twice"
+            raise yaml.constructor.ConstructorError(None, None, what, twice.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
 def parse(text: str, kind: type[T], *, where: str, guide: str = "docs/job-file.md") -> T:
     """Return YAML ``text`` as ``kind``.
 
@@ -361,7 +379,7 @@ def parse(text: str, kind: type[T], *, where: str, guide: str = "docs/job-file.m
         JobError: 78 with every fault at once.
     """
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_NoTwice)
     except yaml.YAMLError as error:
         what = " ".join(str(error).split())
         raise JobError(ExitCode.CONFIG, where, f"is no YAML: {what}", "mend that line") from error

@@ -59,7 +59,7 @@ def measure(job: JobConfig, model: Source) -> Shape:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from job.train.lora import add_lora
-        from job.train.model import pick_attention, pick_dtype, require_router
+        from job.train.model import pick_attention, pick_dtype, require_plain, require_router
     except ModuleNotFoundError as error:
         what = f"names and memory are not checked: {error.name} is not installed"
         raise JobError(ExitCode.USAGE, "check", what, "pip install 'lora-job[train]'") from None
@@ -74,6 +74,7 @@ def measure(job: JobConfig, model: Source) -> Shape:
             ExitCode.NOT_FOUND, "model.source", f"is no model that is known here: {words}",
             "choose an architecture that transformers has",
         ) from error  # fmt: skip
+    require_plain(config, job.merge.format)
     attention, _ = pick_attention(job.model.attention, config, job.device)
     require_router(config, job.train.router_aux_loss_coef)
     sizes = {name: p.numel() for name, p in base.named_parameters()}
@@ -91,15 +92,22 @@ def measure(job: JobConfig, model: Source) -> Shape:
     )
 
 
+MLP_WIDTHS = (
+    "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
+)  # fmt: skip
+
+
 def _widths(text: Any) -> dict[str, int]:
     """Return the widths of a transformers text config."""
     experts = getattr(text, "num_experts_per_tok", None) or 1
-    one = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    # By the names that architectures have for it; GPT-2's own default is the last.
+    named = (getattr(text, name, None) for name in MLP_WIDTHS)
+    one = next(filter(None, named), 4 * text.hidden_size)
     heads = text.num_attention_heads
     return {
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
-        "intermediate": experts * one,
+        "intermediate": experts * (max(one) if isinstance(one, list | tuple) else one),
         "heads": heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
         "kv_heads": getattr(text, "num_key_value_heads", None) or heads,

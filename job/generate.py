@@ -99,7 +99,7 @@ def read_prompts(prompt: str | None, path: Path | None) -> list[Prompt]:
         is_jsonl = path.suffix in (".jsonl", ".json")
         prompts += [
             _from_json(line, f"{path}:{at}") if is_jsonl else Prompt(user=line.strip())
-            for at, line in enumerate(text.splitlines(), 1)
+            for at, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
     if not prompts:

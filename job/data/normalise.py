@@ -44,6 +44,8 @@ ROLES = {
         ("tool", "function", "observation", "tool_response", "function_response"), "tool"
     ),
 }
+CONTEXT = "_context"
+"""A turn's mark: it is read, and not trained on."""
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 
 
@@ -134,7 +136,7 @@ class Normaliser:
         if not (self._as_chat or isinstance(prompt, list) or isinstance(completion, list)):
             prompt, completion = _text(prompt, names.prompt), _text(completion, names.completion)
             return Example(prompt=prompt, text=completion)
-        asked = self._side(prompt, "user", names.prompt)
+        asked = [{**it, CONTEXT: True} for it in self._side(prompt, "user", names.prompt)]
         turns = [*asked, *self._side(completion, "assistant", names.completion)]
         if names.thinking and row.get(names.thinking):
             turns[-1]["thinking"] = _text(row[names.thinking], names.thinking)
@@ -173,7 +175,9 @@ class Normaliser:
             return {"role": "assistant", "content": "", "tool_calls": _calls(_parsed(content))}
         message: Message = {"role": role, "content": _content(content)}
         if role == "assistant":
-            return self._answer(message, turn)
+            # OpenAI's word for an answer that is there to be read only.
+            read_only = {CONTEXT: True} if turn.get("weight") == 0 else {}
+            return self._answer(message, turn) | read_only
         if role == "tool":
             message |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
         return message

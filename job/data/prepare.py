@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-FORMAT = 1
+FORMAT = 2
 """Raise it where the same rows come out otherwise, so that old artifacts are not reused."""
 FEW_HELD_OUT = 10
 """With fewer examples, the loss on them says little."""

@@ -91,7 +91,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row]:
         yield from reader(path, name)
     except FileNotFoundError:
         raise JobError(ExitCode.NOT_FOUND, name, "is not there", "see data.source") from None
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         what = f"can't be read: {' '.join(str(error).split())[:200]}"
         raise JobError(ExitCode.DATA, name, what, "fetch or write the file again") from error
 
@@ -227,9 +227,16 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         with _seekable(path, name) as plain, pq.ParquetFile(plain) as file:
             values = (v for batch in file.iter_batches(batch_size=1024) for v in batch.to_pylist())
             for number, value in enumerate(values, 1):
-                yield Row(f"{name}:{number}", value)
+                yield Row(f"{name}:{number}", _without_nulls(value))
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop fields that a row does not have: a column of objects has every row's fields in each."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(it) for key, it in value.items() if it is not None}
+    return [_without_nulls(it) for it in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

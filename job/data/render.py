@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from job.data.normalise import Message
+from job.data.normalise import CONTEXT, Message
 from job.data.read import RowFault
 from job.data.template import CLOSE, OPEN, Template
 
@@ -115,8 +115,10 @@ class Renderer:
         Raises:
             RowFault: something in it would be lost.
         """
-        turns = [self._adapted(message) for message in messages]
-        return [Rendered(segments, slots) for segments in self._conversation(turns, tools)]
+        given = {at for at, message in enumerate(messages) if message.get(CONTEXT)}
+        plain = ({k: v for k, v in it.items() if k != CONTEXT} for it in messages)
+        turns = [self._adapted(message) for message in plain]
+        return [Rendered(it, slots) for it in self._conversation(turns, tools, given)]
 
     def _adapted(self, message: Message) -> Message:
         """Return a turn as this template takes it: roles that it knows, reasoning where it looks."""
@@ -143,12 +145,13 @@ class Renderer:
         return {**said, "thinking": thinking, **({"tagged": True} if keeps else {})}
 
     def _conversation(
-        self, turns: list[Message], tools: list[dict[str, Any]] | None
+        self, turns: list[Message], tools: list[dict[str, Any]] | None, given: set[int]
     ) -> list[list[tuple[str, bool]]]:
-        """Return the segments of every example that a conversation makes."""
-        answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+        """Return the segments of every example that a conversation makes; ``given`` is only read."""
+        said = {at for at, turn in enumerate(turns) if turn["role"] == "assistant"}
+        answers = sorted(said - given)
         if not answers:
-            raise RowFault("has no assistant turn")
+            raise RowFault(f"has no assistant turn{' to train on' if said else ''}")
         if self.train_on == "all":
             return [[(self._all(turns, tools, answers), True)]]
         thinks = any("thinking" in turns[at] for at in answers)

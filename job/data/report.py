@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import DataLimits
@@ -23,12 +23,19 @@ class Tally:
 
     count: int = 0
     rows: list[str] = field(default_factory=list)
+    last: str = ""
 
     def add(self, place: str) -> None:
-        """Count a row, and note where it is if there is still room."""
-        self.count += 1
+        """Count a row once, whatever it has of examples; note where it is if there is room."""
+        if place == self.last:
+            return
+        self.count, self.last = self.count + 1, place
         if len(self.rows) < MOST_PLACES:
             self.rows.append(place)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return how many, and which."""
+        return {"count": self.count, "rows": self.rows}
 
 
 Reasons = dict[str, Tally]
@@ -87,7 +94,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON has it."""
         dropped = [
-            {"reason": reason, "kind": kind, **asdict(tally)}
+            {"reason": reason, "kind": kind, **tally.as_dict()}
             for kind, table in (("invalid", self.invalid), ("dropped", self.dropped))
             for reason, tally in sorted(table.items(), key=lambda item: -item[1].count)
         ]
@@ -97,7 +104,7 @@ class Report:
             "rows_dropped": self.num_dropped,
             "rows_invalid": _sum(self.invalid),
             "dropped": dropped,
-            "truncated": asdict(self.truncated),
+            "truncated": self.truncated.as_dict(),
             "shapes": self.shapes,
             "length_histogram": [
                 {"up_to": up_to, "count": count} for up_to, count in bars if count

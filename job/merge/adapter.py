@@ -23,6 +23,8 @@ NOT_MERGED = (
     "velora_config", "kasa_config",
 )  # fmt: skip
 """Settings that change what the adapter computes, so that base + s·B·A is not it."""
+RESIDUAL = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""First weights that PEFT takes out of the base: with these, the adapter's base is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     used = [name for name in NOT_MERGED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append("bias")
+    if str(config.get("init_lora_weights")).startswith(RESIDUAL):
+        used.append(f"init_lora_weights: {config['init_lora_weights']}")
     if used:
         raise JobError(
             ExitCode.CONFIG, where, f"uses {', '.join(used)}, which is not merged here",

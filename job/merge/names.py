@@ -56,7 +56,8 @@ def empty_model(base: Path, vocab_size: int | None = None) -> Any:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        config.vocab_size = vocab_size or config.vocab_size
+        if vocab_size:
+            config.get_text_config().vocab_size = vocab_size
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
                 config,

@@ -148,8 +148,11 @@ def _config_edits(
     sizes = {o.shape[0] for o in outputs if o.name == HEAD or o.name.endswith(EMBEDDINGS)}
     if draft.replaced and len(sizes) > 1:
         raise draft.adapter.refused(f"embedding and head would have {sorted(sizes)} rows")
+    nested = (draft.config.get("text_config") or {}).get("vocab_size")
     if draft.replaced and sizes and "vocab_size" in draft.config:
         edits["vocab_size"] = sizes.pop()
+    elif draft.replaced and sizes and nested not in (None, *sizes):
+        raise draft.adapter.refused(f"its embedding has not the {nested} rows of text_config")
     return {key: value for key, value in edits.items() if draft.config.get(key, ...) != value}
 
 

@@ -169,7 +169,9 @@ def _prove_logits(plan: Plan, inputs: _Inputs, folder: Path) -> dict[str, float]
 
     config = read_json(folder / "config.json")
     prompts = logits.dataset_prompts(inputs.dataset.folder) if inputs.dataset else []
-    prompts = prompts or logits.fixed_prompts(int(config["vocab_size"]))
+    prompts = prompts or logits.fixed_prompts(
+        int((config.get("text_config") or config)["vocab_size"])
+    )
     found = logits.compare(plan, folder, prompts, stop=inputs.stop)
     logits.judge(found, plan, inputs.limits)
     return asdict(found)

@@ -50,7 +50,8 @@ def add_lora(model: Any, section: LoraSection, *, seed: int, source: Source | No
     except ValueError as error:
         # Of some mixtures of experts (Qwen3-MoE), PEFT's all-linear adapts the fused experts too.
         if not (section.dropout and "lora_dropout" in str(error)):
-            raise
+            said, do = " ".join(str(error).split())[:200], "name linear layers such as q_proj"
+            raise JobError(ExitCode.CONFIG, "lora", said, do) from error
         what = f"{section.dropout} can't be had with adapters on experts"
         raise JobError(ExitCode.CONFIG, "lora.dropout", what, "set lora.dropout: 0") from error
     if source is not None:

@@ -57,6 +57,21 @@ def pick_attention(wanted: str, config: Any, device: str) -> tuple[str, str]:
     return wanted, "the job file asks for it"
 
 
+def require_plain(config: Any, merge_format: str = "base") -> None:
+    """Refuse a quantised base, and a merge that keeps a quantisation that the base has not.
+
+    Raises:
+        JobError: 78.
+    """
+    method = _quantization(config)
+    if method not in (None, "mxfp4"):
+        what, do = f"is quantised with {method}", "take the unquantised checkpoint of this model"
+        raise JobError(ExitCode.CONFIG, "model.source", what, do)
+    if merge_format == "mxfp4-preserve" and method is None:
+        what = "keeps MXFP4, and the base is not quantised so"
+        raise JobError(ExitCode.CONFIG, "merge.format: mxfp4-preserve", what, "set it to base")
+
+
 def require_router(config: Any, coefficient: float) -> None:
     """Refuse a router's loss for a model without a router.
 
@@ -108,6 +123,7 @@ def load_base(
 
     require_device(device)
     config = _read_config(source_folder)
+    require_plain(config)
     _refuse_pickles(source_folder)
     precision = pick_dtype(dtype, config, device)
     implementation, reason = pick_attention(attention, config, device)
@@ -245,10 +261,14 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _is_mxfp4(config: Any) -> bool:
-    quantization = getattr(config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    return bool(quantization.get("quant_method") == "mxfp4")
+    return _quantization(config) == "mxfp4"
+
+
+def _quantization(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None) or {}
+    method = (found if isinstance(found, dict) else found.to_dict()).get("quant_method")
+    # An enum in some of transformers' own classes.
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def _unpacking(config: Any) -> contextlib.AbstractContextManager[None]:

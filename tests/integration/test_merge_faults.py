@@ -114,6 +114,11 @@ FAULTS: dict[str, tuple[Any, ExitCode, str]] = {
         lambda f: edit_adapter(f, lambda t: {k: v * float("nan") for k, v in t.items()}),
         ExitCode.NOT_PROVEN, "not finite",
     ),
+    "pissa": (
+        lambda f: edit_config(f, init_lora_weights="pissa_niter_4"),
+        ExitCode.CONFIG,
+        "init_lora_weights: pissa",
+    ),
     "dora": (lambda f: edit_config(f, use_dora=True), ExitCode.CONFIG, "use_dora"),
     "another kind": (lambda f: edit_config(f, peft_type="IA3"), ExitCode.CONFIG, "IA3"),
     "old expert layout": (

@@ -54,6 +54,11 @@ def test_a_minimal_file_is_enough() -> None:
         ("merge: {format: none}\npublish: {hub: {merged: a/b}}", r"needs a merge"),
         ("judge: {prompts: [{user: ''}]}", r"judge.prompts.0.user: .*at least 1 character"),
         ("store: gs://bucket", r"store must be s3://"),
+        ("train: {epochs: 2, epochs: 3}", r"is no YAML: epochs is named twice"),
+        (
+            "merge: {format: mxfp4-preserve}\nlora: {target_parameters: [x.experts.down_proj]}",
+            r"mxfp4-preserve can't hold what lora.target_parameters adds",
+        ),
         (
             "track: {mlflow: {tracking_uri: 'https://me:secret@mlflow.example'}}",
             r"track.mlflow.tracking_uri: holds a password; set MLFLOW_TRACKING_USERNAME",

@@ -23,6 +23,7 @@ from job.data.pack import Packer
 from job.data.prepare import _fingerprint
 from job.data.read import RowFault
 from job.data.render import Rendered
+from job.data.report import Report
 from job.data.tokens import IGNORED, Encoder, Tokens, copy_tokenizer
 from job.errors import ExitCode, JobError
 
@@ -505,3 +506,13 @@ def test_any_row_becomes_an_example_or_a_fault(row: dict[str, Any], shape: Any) 
         return
     assert example.messages or example.text
     assert all(isinstance(message["content"], str) for message in example.messages)
+
+
+def test_a_row_of_several_examples_is_one_row_of_the_report() -> None:
+    """Four answers that are too long are one bad row: shares are of the rows read."""
+    report = Report()
+    for place in ["a:1", *["a:2"] * 4, "a:3"]:
+        report.drop(place, "is longer than data.max_length")
+    assert report.num_dropped == 3
+    [told] = report.as_dict()["dropped"]
+    assert (told["count"], told["rows"]) == (3, ["a:1", "a:2", "a:3"])

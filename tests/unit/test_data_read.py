@@ -164,3 +164,20 @@ def test_no_data_file() -> None:
     with pytest.raises(JobError, match="has no data file") as caught:
         data_files(files("README.md", "model.safetensors"))
     assert caught.value.code is ExitCode.NOT_FOUND
+
+
+def test_a_parquet_row_has_only_its_own_fields(tmp_path: Path) -> None:
+    """Arrow unites the keys of all rows; an argument that nobody gave is not trained."""
+    calls = [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {"zone": "CET"}}]  # fmt: skip
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"calls": [call]} for call in calls]), path)
+    assert [row.value["calls"] for row in read_rows(path, path.name)] == [[it] for it in calls]
+
+
+def test_json_that_is_nested_without_end_is_a_broken_file(tmp_path: Path) -> None:
+    """65, as in jsonl, and no traceback."""
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(JobError) as caught:
+        list(read_rows(path, path.name))
+    assert caught.value.code == 65

@@ -291,3 +291,19 @@ def test_an_empty_thought_is_none() -> None:
     row = {"messages": [USER, answer("A", thinking="")]}
     example = Normaliser("messages", None, as_chat=True)(row)
     assert "analysis<|message|>" not in rendered(HARMONY, *example.messages)[0][0]
+
+
+def test_what_the_data_gives_to_read_is_not_trained() -> None:
+    """Answers inside `prompt`, and turns of weight 0: TRL and OpenAI train neither."""
+    old = [USER, answer("OLD"), USER]
+    example = Normaliser("prompt+completion", None, as_chat=True)(
+        {"prompt": old, "completion": [answer("NEW")]}
+    )
+    assert [trained for _, trained in rendered(CHATML, *example.messages)] == ["NEW<|im_end|>"]
+    weighed = {"messages": [USER, answer("OLD", weight=0), USER, answer("NEW", weight=1)]}
+    example = Normaliser("messages", None, as_chat=True)(weighed)
+    [(whole, trained)] = rendered(CHATML, *example.messages)
+    assert ("OLD" in whole, trained) == (True, "NEW<|im_end|>")
+    only = Normaliser("messages", None, as_chat=True)({"messages": [USER, answer("OLD", weight=0)]})
+    with pytest.raises(RowFault, match="no assistant turn to train on"):
+        rendered(CHATML, *only.messages)

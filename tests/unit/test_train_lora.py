@@ -29,6 +29,15 @@ def base_model(folder, arch="gpt_oss", **overrides):
     return load_base(tiny.tiny_model(folder, arch, **overrides), device="cpu")[0]
 
 
+@pytest.mark.parametrize("names", [["self_attn"], ["input_layernorm"]])
+def test_names_of_no_linear_layer_are_a_wrong_setting(tmp_path, names):
+    """PEFT's own words, in one line, with 78."""
+    with pytest.raises(JobError) as caught:
+        add_lora(base_model(tmp_path), LoraSection(target_modules=names), seed=0)
+    assert caught.value.code is ExitCode.CONFIG
+    assert "\n" not in str(caught.value)
+
+
 def randomise(model):
     """Give every adapter a delta."""
     generator = torch.Generator().manual_seed(1)

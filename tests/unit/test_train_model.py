@@ -166,3 +166,59 @@ def test_remote_code_is_not_run(tmp_path):
     check_refused(lambda: load_base(folder, device="cpu"), ExitCode.NOT_FOUND, "can load")
     with pytest.raises(ValueError):
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "width"),
+    [
+        ("gpt2", {"n_embd": 64}, 256),
+        ("opt", {"hidden_size": 64, "ffn_dim": 96}, 96),
+        ("gemma3n_text", {"intermediate_size": 128, "hidden_size": 64}, 128),
+    ],
+)
+def test_an_estimate_knows_the_words_of_other_architectures(kind, settings, width):
+    """GPT-2 calls it n_inner and leaves it out, OPT ffn_dim; Gemma 3n has one for each layer."""
+    from transformers import AutoConfig
+
+    from job.estimate import _widths
+
+    assert _widths(AutoConfig.for_model(kind, **settings))["intermediate"] == width
+
+
+@pytest.mark.parametrize(
+    ("quantization", "merge", "words"),
+    [
+        ({"quant_method": "bitsandbytes"}, "base", "quantised with bitsandbytes"),
+        (None, "mxfp4-preserve", "the base is not quantised so"),
+    ],
+)
+def test_a_base_that_could_not_be_merged_is_refused_first(quantization, merge, words):
+    """78 before a night of training, by check as well."""
+    from types import SimpleNamespace
+
+    from job.train.model import require_plain
+
+    config = SimpleNamespace(quantization_config=quantization)
+    with pytest.raises(JobError, match=words) as caught:
+        require_plain(config, merge)
+    assert caught.value.code == 78
+    require_plain(SimpleNamespace(quantization_config={"quant_method": "mxfp4"}), "mxfp4-preserve")
+
+
+def test_a_model_with_nested_settings_is_built_for_its_merge(tmp_path):
+    """Gemma 3's larger ones keep the vocabulary in text_config."""
+    from transformers import Gemma3Config
+
+    from job.merge.names import empty_model
+
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    assert empty_model(tmp_path).get_input_embeddings().weight.shape[0] == 64
+    assert empty_model(tmp_path, 80).get_input_embeddings().weight.shape[0] == 80
