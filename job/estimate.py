@@ -80,6 +80,7 @@ def measure(job: JobConfig, model: Source) -> Shape:
     sizes = {name: p.numel() for name, p in base.named_parameters()}
     with torch.device("meta"):
         wrapped = add_lora(base, job.lora, seed=job.seed)
+    _require_mergeable(wrapped, job)
     adapted = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     text = config.get_text_config()
     return Shape(
@@ -90,6 +91,16 @@ def measure(job: JobConfig, model: Source) -> Shape:
         fused_attention=attention != "eager",
         **_widths(text),
     )
+
+
+def _require_mergeable(wrapped: Any, job: JobConfig) -> None:
+    """Refuse layers whose weights lie the other way (GPT-2's Conv1D): the merge would, at the end."""
+    if job.merge.format != "none" and wrapped.peft_config["default"].fan_in_fan_out:
+        what, do = (
+            "its adapted layers are Conv1D, which is not merged here",
+            "set merge.format: none",
+        )
+        raise JobError(ExitCode.CONFIG, "model.source", what, do)
 
 
 MLP_WIDTHS = (

@@ -222,3 +222,20 @@ def test_a_model_with_nested_settings_is_built_for_its_merge(tmp_path):
     config.save_pretrained(tmp_path)
     assert empty_model(tmp_path).get_input_embeddings().weight.shape[0] == 64
     assert empty_model(tmp_path, 80).get_input_embeddings().weight.shape[0] == 80
+
+
+def test_layers_that_the_merge_does_not_know_are_refused_first(tmp_path):
+    """GPT-2's Conv1D: 78 before training, unless nothing is to be merged."""
+    import trainbed
+    from transformers import GPT2Config
+
+    from job.estimate import measure
+
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    config.save_pretrained(tmp_path)
+    source = trainbed.make_source(tmp_path)
+    with pytest.raises(JobError, match="Conv1D") as caught:
+        measure(trainbed.make_job(tmp_path, tmp_path), source)
+    assert caught.value.code == 78
+    job = trainbed.make_job(tmp_path, tmp_path, merge={"format": "none"})
+    assert measure(job, source).intermediate == 128
