@@ -148,16 +148,16 @@ class Template:
         return "developer" in self.text
 
     @functools.cached_property
-    def endings(self) -> list[str]:
+    def endings(self) -> dict[str, str]:
         """What follows an answer, and a tool call: a stop token should be in it."""
         user = {"role": "user", "content": "a"}
         call = {"type": "function", "function": {"name": "f", "arguments": {"b": PROBE}}}
-        answers: list[Message] = [
-            {"role": "assistant", "content": PROBE},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        texts = [self._probe(user, answer) for answer in answers]
-        return [text.rpartition(PROBE)[2] for text in texts if PROBE in text]
+        answers: dict[str, Message] = {
+            "answer": {"role": "assistant", "content": PROBE},
+            "call": {"role": "assistant", "content": "", "tool_calls": [call]},
+        }
+        texts = {kind: self._probe(user, answer) for kind, answer in answers.items()}
+        return {kind: text.rpartition(PROBE)[2] for kind, text in texts.items() if PROBE in text}
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:

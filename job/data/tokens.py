@@ -144,9 +144,10 @@ class Encoder:
     def stop_token_ids(self, model: Path, template: Template | None) -> list[int]:
         """Return what ends an answer: the tokenizer's and the model's ends, and the template's."""
         names = {self.eos} if self.eos else set()
-        for ending in template.endings if template else []:
-            first = self._special.search(ending)
-            names |= {first[0]} if first else set()
+        for kind, ending in (template.endings if template else {}).items():
+            special = [found[0] for found in self._special.finditer(ending)]
+            # An answer ends with the first (more may follow it); a call has marks of its own first.
+            names |= set(special[:1] if kind == "answer" else special[-1:])
         ids = {found for name in names if (found := self.tokenizer.token_to_id(name)) is not None}
         for file in ("generation_config.json", "config.json"):
             value = _read_json(model / file).get("eos_token_id")

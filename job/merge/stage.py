@@ -217,9 +217,12 @@ def _copy_files(plan: Plan, inputs: _Inputs, folder: Path) -> None:
         files |= {path.name: path for path in given.iterdir() if path.is_file()}
     edits = {"config.json": plan.config_edits}
     generation = inputs.base / "generation_config.json"
+    stops = inputs.dataset.stop_token_ids if inputs.dataset else []
     if generation.is_file():
-        stops = inputs.dataset.stop_token_ids if inputs.dataset else []
         edits[generation.name] = _stop_tokens(read_json(generation), stops)
+    elif new := _stop_tokens(read_json(inputs.base / "config.json"), stops):
+        # Without this file a server stops where config.json says, which is not at a turn's end.
+        write_json(folder / generation.name, new)
     for name in files.keys() - edits.keys():
         shutil.copyfile(files[name], folder / name)
     for name, changes in edits.items():

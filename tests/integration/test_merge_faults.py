@@ -314,6 +314,16 @@ def test_stage_merges_once_and_gives_the_data_sets_tokenizer(folders: Path) -> N
     merging.load(out)
 
 
+def test_a_base_without_a_generation_config_gets_one_that_stops(folders: Path) -> None:
+    """A base model that was given a chat template would never end its turn."""
+    (folders / "base/generation_config.json").unlink(missing_ok=True)
+    merged = merge(*stage_inputs(folders, "base"))
+    assert merged is not None
+    said = json.loads((merged.folder / "generation_config.json").read_text())
+    own = json.loads((folders / "base/config.json").read_text()).get("eos_token_id")
+    assert set(said["eos_token_id"]) == {11, *([own] if isinstance(own, int) else own or [])}
+
+
 def test_format_none_merges_nothing(folders: Path) -> None:
     """An adapter alone is a result too."""
     assert merge(*stage_inputs(folders, "none")) is None

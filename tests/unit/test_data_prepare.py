@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -516,3 +518,15 @@ def test_a_row_of_several_examples_is_one_row_of_the_report() -> None:
     assert report.num_dropped == 3
     [told] = report.as_dict()["dropped"]
     assert (told["count"], told["rows"]) == (3, ["a:1", "a:2", "a:3"])
+
+
+def test_a_tool_call_ends_with_its_last_special_token() -> None:
+    """Marks around a call's strings are special as well, and end nothing."""
+    encoder: Any = Encoder.__new__(Encoder)
+    encoder.eos, encoder._special = (
+        None,
+        re.compile("|".join(map(re.escape, ["<q>", "<end>", "<eos>"]))),
+    )
+    encoder.tokenizer = SimpleNamespace(token_to_id={"<q>": 1, "<end>": 2, "<eos>": 3}.get)
+    template: Any = SimpleNamespace(endings={"answer": "<end>\n<eos>", "call": "<q>}<eos>"})
+    assert encoder.stop_token_ids(Path("nowhere"), template) == [2, 3]
