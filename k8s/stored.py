@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -126,4 +127,6 @@ def read_logs(uri: str, run: str, single_writer: bool, before: int | None) -> li
 
 def _json(store: Any, key: str) -> dict[str, Any] | None:
     small = store.get(key)
-    return json.loads(small.body) if small else None
+    with contextlib.suppress(ValueError):  # torn by a server that was cut off in a write
+        return json.loads(small.body) if small else None
+    return None

@@ -244,7 +244,12 @@ class Attempt:
     def _look_again(self, store: Store) -> None:
         """Take up a head that is ours after all (a write that arrived late), else be fenced."""
         found = store.get(f"{self._root}/head.json")
-        head: Head = json.loads(found.body) if found else {}
+        head = _parsed(found)
+        if found is not None and not head:
+            # A server that was cut off in a write may keep what it had of it. What we know goes there.
+            log.warning("head_torn", size_bytes=len(found.body))
+            self._tag = found.tag
+            return
         if found is None or head.get("nonce") != self._head["nonce"]:
             epoch = head.get("epoch", "?")
             what = f"attempt {epoch} took over from attempt {self.epoch}"
@@ -287,6 +292,15 @@ def take(
     return Attempt(store, run_id, held, stop=stop, progress=progress, clock=clock)
 
 
+def _parsed(found: Small | None) -> Head:
+    """Return a head; empty if there is none, or none that is whole."""
+    try:
+        head: Head = json.loads(found.body) if found else {}
+    except ValueError:
+        return {}
+    return head
+
+
 def _silent(
     store: Store, key: str, run_id: str, owner: str, stop: Stop, clock: Clock
 ) -> Small | None:
@@ -298,9 +312,13 @@ def _silent(
     seq, since, needed_s = None, 0.0, 0.0
     while True:
         found = store.get(key)
-        head: Head | None = json.loads(found.body) if found else None
+        head = _parsed(found)
+        if found is not None and not head:
+            what = "is torn: a write was cut off"
+            do = "start again in a minute: an attempt that lives mends it; else delete it"
+            raise JobError(ExitCode.STORE, key, what, do)
         wanted_s = silence_s(head, owner, clock()) if head else 0.0
-        if head is None or wanted_s == 0.0:
+        if wanted_s == 0.0:
             return found
         if seq is not None and seq != head["seq"] and not head.get("stopping"):
             raise taken(head, run_id, clock())

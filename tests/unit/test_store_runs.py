@@ -507,3 +507,18 @@ def test_a_late_write_of_our_own_is_taken_up(bench: Bench) -> None:
     attempt._tag = stale
     attempt.publishing("w")
     assert bench.head()["state"] == "publishing:w"
+
+
+def test_a_head_that_a_server_tore_is_written_again_by_who_holds_it(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Cut off in a write, some servers keep an empty object; a newcomer is told, and counts."""
+    attempt = bench.take()
+    path = bench.folder / f"_runs/{RUN}/head.json"
+    path.write_bytes(b"")
+    with pytest.raises(JobError, match="torn") as caught:
+        bench.take("two")
+    assert code_of(caught) is ExitCode.STORE
+    attempt.save_checkpoint(a_checkpoint(tmp_path / "c", "x"), 10)
+    assert bench.head()["checkpoint"] == {"step": 10, "epoch": 1}
+    assert bench.take().checkpoint_step == 10
