@@ -148,9 +148,8 @@ def unscheduled(facts: Facts) -> Answer | None:
     if facts.pod is None or facts.pod["spec"].get("nodeName") or facts.run.is_over:
         return None
     said = _scheduler_says(facts)
-    news = facts.event(*GROWING, *STUCK) or {}
-    word = " ".join(str(news.get("message", "")).split())
-    if news.get("reason") in GROWING:
+    news, word = facts.event(*GROWING, *STUCK), facts.said(*GROWING, *STUCK)
+    if news and news["reason"] in GROWING:
         return Answer("scaling-up", f"a node is being added for it: {word}", WAIT)
     found = _volume_claim(said) or _shortage(facts, said) or _no_node(facts, said)
     return replace(found, what=f"{found.what}; the autoscaler adds none: {word}") if news else found
